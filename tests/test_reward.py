@@ -1,0 +1,498 @@
+"""What reward.py must do: the rules, hostile answers, killed workers, its command."""
+
+import doctest
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reward
+from reward import Grade, RewardPool, check_answer, grade, last_boxed, plain_number
+
+REPOSITORY = Path(__file__).parents[1]
+ASSETS = REPOSITORY.parent / "shared" / "assets"
+TOWER = "9^{9^{9^9}} + x"
+
+
+def boxed(answer: str) -> str:
+    return rf"<think>hm</think> So the answer is \boxed{{{answer}}}."
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RewardPool]:
+    with RewardPool(workers=2, timeout=10) as shared_pool:
+        yield shared_pool
+
+
+def is_gone(pid: int, seconds: float = 15.0) -> bool:
+    """Wait for a process to end; one that nobody has reaped yet counts as ended."""
+    give_up = time.monotonic() + seconds
+    while time.monotonic() < give_up:
+        try:
+            os.kill(pid, 0)
+            status = Path(f"/proc/{pid}/stat")
+            if status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def worker_pids(some_pool: RewardPool, at_least: int = 1) -> list[int]:
+    """Wait until a pool that is grading in another thread has started its workers."""
+    give_up = time.monotonic() + 30
+    while len(some_pool._running) < at_least and time.monotonic() < give_up:
+        time.sleep(0.01)
+    return [worker.pid for worker in some_pool._running]
+
+
+# The rules
+
+
+def test_the_docstrings_tell_the_truth() -> None:
+    result = doctest.testmod(reward)
+    assert result.attempted >= 6
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("204", "204"),
+        ("204.0", "204"),
+        ("204", 204),
+        ("142", 142.0),
+        ("25", "025"),
+        ("-4", -4.0),
+        ("1,000", "1000"),
+        ("1{,}000", "1000"),
+        (r"10,\!000", "10000"),
+        ("1 000", "1000"),
+        (r"\$1,000.99", "1000.99"),
+        ("12.", "12"),
+        (".5", "0.50"),
+        ("0.3", 0.1 + 0.2),
+        ("9.6", "9.6\n"),
+        ("9.6", ["9.6\n"]),
+        ("0.02", ["0.01\n", "0.02\n"]),
+        (r"4.5 \times 10^{33}", "4.5e33\n"),
+        ("0.00001", "1e-5"),
+        (r"3.89 \times 10^{-10} \text{ m}", "3.89e-10"),
+        (r"6.43 \cdot 10^{16}", r"6.43 \times 10^{16} \text{ cm}"),
+        ("$5$", "5"),
+        (r"\(5\)", "$5$"),
+        ("337", r"\(\boxed{337}\)"),
+        ("B", "B"),
+        (r"\frac{1}{2}", "\\[\n\\boxed{\\frac{1}{2}}\n\\]"),
+        ("2", r"\sqrt{4} = \boxed{2}"),
+    ],
+)
+def test_equal_text_and_numbers_need_no_worker(answer: str, gold: Any) -> None:
+    with RewardPool() as fresh:
+        assert fresh.grade([(boxed(answer), gold, False)]) == [Grade(1.0, "correct")]
+        assert fresh._running == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("205", "204"),
+        ("2040", "204"),
+        ("10000000001", "10000000000"),
+        ("0.00000001", "0.00000002"),
+        (r"1.6 \times 10^{-19}", r"8.224 \times 10^{-19}"),
+        (r"1.6 \times 10^{-19} \mathrm{~J}", r"8.224 \times 10^{-19}"),
+        ("7", ["5", "6"]),
+    ],
+)
+def test_unequal_numbers_need_no_worker(answer: str, gold: Any) -> None:
+    with RewardPool() as fresh:
+        assert fresh.grade([(boxed(answer), gold, False)]) == [Grade(0.0, "wrong")]
+        assert fresh._running == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "right"),
+    [
+        (r"204 \text{ cm}", "204", True),
+        ("x = 5", "5", True),
+        ("5", "x=5", True),
+        (r"x^2 + 2x + 1", r"(x+1)^2", True),
+        (r"\frac{2}{4}", r"\frac{1}{2}", True),
+        ("0.5", r"\frac{1}{2}", True),
+        (r"\text{Monday}", "Monday", True),
+        (r"\textbf{(C)}", "C", True),
+        ("84, 69", "$69$,$84$", True),
+        (r"[0, 1) \cup (2, 3)", r"(2,3)\cup[0,1)", True),
+        (r"\frac{\pi}{4}", "\\[\n\\boxed{\\frac{\\pi}{4}}\n\\]", True),
+        ("y^2 + 1", ["x^2 + 1", "y^2+1"], True),
+        ("x^2-y^2=1", "x^2+y^2=1", False),
+        (r"\frac{1}{2}", r"\frac{1}{3}", False),
+        ("2, 3", "2, 3, 7", False),
+        ("3 or 4", "3", False),
+        ("2", r"\boxed{1} and \boxed{2}", False),
+        ("x", "7", False),
+    ],
+)
+def test_math_verify_decides_the_rest(pool: RewardPool, answer: str, gold: Any, right: bool) -> None:
+    expected = Grade(1.0, "correct") if right else Grade(0.0, "wrong")
+    assert pool.grade([(boxed(answer), gold, False)]) == [expected]
+
+
+def test_a_bare_gold_in_any_form_equals_itself(pool: RewardPool) -> None:
+    golds = ["$n=2$", r"\(\frac{1}{2}\)", r"$$x^2$$", r"\boxed{2, 3, 7}", "(1,2)\n", r"\{1, 2\}", "∅"]
+    assert {g.reason for g in pool.grade([(boxed(gold), gold, False) for gold in golds])} == {"correct"}
+
+
+@pytest.mark.parametrize(
+    ("response", "truncated", "reason"),
+    [
+        (r"<think>\boxed{4}", False, "no_think_end"),
+        (r"\boxed{4}", False, "no_think_end"),
+        (r"<think>\boxed{4}</think>", False, "no_answer"),
+        (r"<think>\boxed{4}</think> It is 4.", False, "no_answer"),
+        (r"</think> \boxed{4", False, "no_answer"),
+        (r"</think> \boxed{}", False, "no_answer"),
+        (r"</think> \boxed{ $ $ }", False, "no_answer"),
+        (r"</think> boxed{4}", False, "no_answer"),
+        ("", False, "no_think_end"),
+        (r"<think>\boxed{4}", True, "truncated"),
+        (r"</think> so \boxed{4", True, "truncated"),
+        (r"</think> \boxed{4} and on and", True, "correct"),
+        (r"</think> \boxed{5} and on and", True, "wrong"),
+        (r"</think> \boxed{4}", False, "correct"),
+        (r"</think> \boxed{5}, no, \boxed{4}", False, "correct"),
+        (r"</think> \boxed{4}, no, \boxed{5}", False, "wrong"),
+        (r"</think> \boxed{5} </think> \boxed{4}", False, "correct"),
+        (r"</think> \boxed{5} </think> 4", False, "no_answer"),
+    ],
+)
+def test_only_a_closed_box_after_the_thought_counts(response: str, truncated: bool, reason: str) -> None:
+    graded = grade(response, "4", require_think=True, truncated=truncated)
+    assert graded == Grade(float(reason == "correct"), reason)  # type: ignore[arg-type]
+
+
+def test_without_require_think_the_whole_response_counts() -> None:
+    assert grade(r"\boxed{4}", "4", require_think=False).reason == "correct"
+    assert grade(r"<think>\boxed{4}</think> 4", "4", require_think=False).reason == "no_answer"
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+        (r"\boxed {4}", "4"),
+        (r"\boxed{\boxed{4}}", "4"),
+        (r"{ unclosed, then \boxed{4}", "4"),
+        (r"} \boxed{4} }", "4"),
+        (r"\\\boxed{4}", "4"),
+        (r"\\boxed{4}", "4"),
+        (r"\boxed{1 \\ {2}}", r"1 \\ {2}"),
+        (r"\boxed{1 \\{2}}", r"1 \\{2}"),
+        (r"\boxed{\boxed{4}", "4"),
+        ("\\boxed{4\n}", "4\n"),
+        (r"\boxed 4", None),
+        (r"\boxed{4\}", None),
+    ],
+)
+def test_the_last_box_by_brace_matching(text: str, content: str | None) -> None:
+    assert last_boxed(text) == content
+
+
+@settings(database=None, deadline=None)
+@given(st.text(st.sampled_from("\\\\{}$[](),.+-1 2eé") | st.characters(), max_size=60))
+def test_any_text_is_read_without_an_error(text: str) -> None:
+    content = last_boxed(text + r"\boxed{1}" + text)
+    assert content is not None
+    assert last_boxed(r"\boxed{" + content + "}") == content
+    plain_number(text)
+    check_answer(text)
+
+
+def test_numbers_that_are_not_plain() -> None:
+    signs = ["", ".", "-", "x", "5%", "٣", r"5\$6", "inf", "nan"]
+    for text in [*signs, "e5", "1/2", "1,00", "1,22", "1 2", "3+4", "1e99999"]:
+        assert plain_number(text) is None, text
+
+
+def test_unusable_ground_truths_are_named() -> None:
+    empty: list[Any] = ["", " \n", "$$", r"\boxed{}", "?", [], ["", " "]]
+    for answer in [*empty, None, {}, True, float("nan"), float("inf")]:
+        fault = check_answer(answer)
+        assert repr(answer)[:20] in (fault or ""), answer
+        assert grade(boxed("1"), answer, require_think=True) == Grade(0.0, "invalid_gold")
+    for big in ["1" * 501, "{" * 11 + "1" + "}" * 11]:
+        assert "too long or too deeply nested" in (check_answer(big) or "")
+    usable: list[Any] = ["0", 0, 0.0, -1.5, "x", "∅", r"\{\}", ["", "7"], (1, 2), "$C$\n", "9" * 500]
+    assert [check_answer(answer) for answer in usable] == [None] * len(usable)
+
+
+def test_math_verify_agrees_with_the_fast_path(pool: RewardPool) -> None:
+    chance = random.Random(0)
+    numbers = [chance.choice([1, -1]) * chance.randrange(10 ** chance.randrange(1, 8)) for _ in range(40)]
+    pairs = [(a, b) for a in numbers[:20] for b in (a, a + 1, -a, chance.choice(numbers))]
+    fast = [grade(boxed(f"{a:,}"), b, require_think=True) for a, b in pairs]
+    # \text{ } makes the answer no plain number, so that only math-verify can decide.
+    slow = pool.grade([(boxed(rf"{a}\text{{ m}}"), b, False) for a, b in pairs])
+    assert fast == slow
+    assert {g.reason for g in fast} == {"correct", "wrong"}
+
+
+# Hostile answers
+
+HOSTILE = [
+    (TOWER, "x+1"),
+    ("9^{9^{9^9}}", r"\sqrt{2}"),
+    ("10^7!", r"\pi x"),
+    ("(10^7)!", r"\frac{x}{2}"),
+    ("2^{10^9}", r"\sqrt{3}"),
+    ("{" * 100_000 + "1" + "}" * 100_000, "x"),
+    ("{" * 10 + "1" + "}" * 10, "x"),
+    ("(" * 400, "x"),
+    (r"\[" * 240, "x"),
+    ("9" * 400, "x+1"),
+    ("9" * 100_000, "x+1"),
+    ("1," * 249, "x"),
+    ("5\x00", "x"),
+    ("\x00", "x"),
+    ("\ud800", "x"),
+    ("5\ud800", "5x"),
+    ("__import__('os').system('touch hacked')", "x"),
+    ("eval(exit(0))", "x"),
+    ('"; print("1")', "x"),
+    (r"\text{\input{/etc/passwd}}", "x"),
+    ("1\n1\n", "x"),
+    ("½²√２", "x"),
+    ("%s %d {0}", "x"),
+]
+
+
+def test_hostile_answers_end_and_earn_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    started = time.monotonic()
+    with RewardPool(workers=2, timeout=1.0) as pool:
+        grades = pool.grade([(boxed(answer), gold, False) for answer, gold in HOSTILE])
+        assert pool.grade([(boxed("x+1"), "1+x", False)]) == [Grade(1.0, "correct")]
+    assert [g.reward for g in grades] == [0.0] * len(HOSTILE)
+    assert grades[0].reason == "timeout"
+    assert pool.timeouts == sum(g.reason == "timeout" for g in grades)
+    assert time.monotonic() - started < 60
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hostile_gold_ends_too() -> None:
+    assert grade(boxed("x"), [TOWER, "x+1"], require_think=True) == Grade(0.0, "timeout")
+
+
+@pytest.mark.parametrize(
+    "filler",
+    ["{", "}", r"\boxed{", r"\boxed {", "\\", "$", " ", r"\boxed{1} ", "</think>", "x + 1 \n"],
+)
+def test_two_megabytes_are_read_in_time(filler: str) -> None:
+    started = time.monotonic()
+    long = filler * (2_000_000 // len(filler))
+    assert grade(long + r"</think> \boxed{4}", "4", require_think=True).reason == "correct"
+    assert grade(r"</think> \boxed{" + long, "4", require_think=True).reward == 0.0
+    assert time.monotonic() - started < 20
+
+
+def test_memory_is_capped() -> None:
+    with RewardPool(workers=1, timeout=8.0, memory_gb=0.4) as pool:
+        bomb = (boxed("x^{10^7}+1"), "(x+1)^{10^7}", False)
+        assert [g.reward for g in pool.grade([bomb, (boxed("x+1"), "1+x", False)])] == [0.0, 1.0]
+
+
+# Processes
+
+
+def test_a_killed_worker_loses_only_its_own_grade() -> None:
+    items = [(boxed(f"x + {n}"), f"{n} + x", False) for n in range(30)]
+    items[10] = (boxed(TOWER), "x", False)
+    with RewardPool(workers=1, timeout=20.0) as pool:
+        killer = threading.Timer(4.0, lambda: os.kill(pool._running[0].pid, signal.SIGKILL))
+        killer.start()
+        grades = pool.grade(items)  # the worker has long reached the tower when it is killed
+        killer.join()
+    assert [g.reason for g in grades] == ["correct"] * 10 + ["timeout"] + ["correct"] * 19
+    assert pool.timeouts == 1
+
+
+def test_a_worker_killed_while_idle_costs_nothing() -> None:
+    item = (boxed("x+1"), "1+x", False)
+    with RewardPool(workers=1) as pool:
+        assert pool.grade([item]) == [Grade(1.0, "correct")]
+        os.kill(pool._running[0].pid, signal.SIGKILL)
+        pool._running[0].wait()
+        assert pool.grade([item, item]) == [Grade(1.0, "correct")] * 2
+        assert pool.timeouts == 0
+
+
+def test_a_worker_that_cannot_start_is_an_error() -> None:
+    with RewardPool(workers=2, memory_gb=0.001) as pool, pytest.raises(RuntimeError, match="did not start"):
+        pool.grade([(boxed("x+1"), "1+x", False)] * 5)
+    assert pool._running == []
+
+
+def test_close_leaves_no_process() -> None:
+    pool = RewardPool(workers=2, timeout=60.0)
+
+    def grade_towers() -> None:
+        with pytest.raises((CancelledError, RuntimeError)):  # the latter if a worker was still starting
+            pool.grade([(boxed(TOWER), "x", False)] * 4)
+
+    thread = threading.Thread(target=grade_towers)
+    thread.start()
+    pids = worker_pids(pool, at_least=2)
+    pool.close()
+    thread.join(15)
+    assert not thread.is_alive()
+    assert [is_gone(pid) for pid in pids] == [True, True]
+    pool.close()  # twice does no harm
+
+
+@pytest.mark.parametrize("last_signal", [signal.SIGINT, signal.SIGKILL])
+def test_no_worker_outlives_its_parent(last_signal: signal.Signals) -> None:
+    script = (
+        "import threading, time; from reward import RewardPool\n"
+        "pool = RewardPool(workers=2, timeout=3.0)\n"
+        "def report():\n"
+        "    while len(pool._running) < 2: time.sleep(0.01)\n"
+        "    time.sleep(1); print(*(worker.pid for worker in pool._running), flush=True)\n"
+        "threading.Thread(target=report, daemon=True).start()\n"
+        f"pool.grade([(r'</think>\\boxed{{{TOWER}}}', 'x', False)] * 40)\n"
+    )
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=REPOSITORY, text=True, **pipes)
+    assert parent.stdout is not None
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    parent.send_signal(last_signal)
+    parent.wait(15)
+    parent.stdout.close()
+    assert [is_gone(pid) for pid in pids] == [True, True]
+
+
+def test_two_pools_in_two_threads() -> None:
+    results: dict[int, list[Grade]] = {}
+
+    def grade_some(shift: int) -> None:
+        with RewardPool(workers=1) as pool:
+            items = [(boxed(f"x+{n}"), f"{n + n % 2 * shift}+x", False) for n in range(40)]
+            results[shift] = pool.grade(items)
+
+    threads = [threading.Thread(target=grade_some, args=(shift,)) for shift in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [g.reward for g in results[0]] == [1.0] * 40
+    assert [g.reward for g in results[1]] == [1.0, 0.0] * 20
+
+
+def test_order_is_kept(pool: RewardPool) -> None:
+    answers = [(str(n), n % 3 == 0) if n % 2 else (f"{n}x", n % 3 == 0) for n in range(60)]
+    golds = [("x" if "x" in a else "") for a, _ in answers]
+    items = [
+        (boxed(a), (f"{n}{x}" if right else f"{n + 1}{x}"), False)
+        for n, ((a, right), x) in enumerate(zip(answers, golds, strict=True))
+    ]
+    assert [g.reward for g in pool.grade(items)] == [float(right) for _, right in answers]
+
+
+def test_bad_settings_are_refused() -> None:
+    for name, value in [("workers", 0), ("timeout", -1.0), ("memory_gb", 0.0), ("timeout", float("nan"))]:
+        with pytest.raises(ValueError, match=f"{name} is {value}"):
+            RewardPool(**{name: value})  # type: ignore[arg-type]
+
+
+# The command
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "reward.py"), *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+
+
+def test_the_command_grades_a_file(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "response": boxed("x+1"), "answer": "1+x"},
+        {"id": 7, "response": boxed("5"), "answer": [4, "5"]},
+        {"response": r"\boxed{5}", "answer": 5.0},
+        {"response": "<think> and on", "answer": "5", "truncated": True},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run_command(str(file))
+    assert result.returncode == 0
+    assert [json.loads(line) for line in result.stdout.splitlines()] == [
+        {"id": "a", "reward": 1.0, "reason": "correct"},
+        {"id": 7, "reward": 1.0, "reason": "correct"},
+        {"reward": 0.0, "reason": "no_think_end"},
+        {"reward": 0.0, "reason": "truncated"},
+    ]
+    assert result.stderr == "4 responses: correct 2, no_think_end 1, truncated 1\n"
+    result = run_command(str(file), "--no-require-think", "--timeout", "5", "--workers", "1")
+    assert json.loads(result.stdout.splitlines()[2]) == {"reward": 1.0, "reason": "correct"}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"response": "", "answer": "1"}\nnot json\n', ["line 2", "JSON"]),
+        (b"[1, 2]\n", ["line 1", "JSON object"]),
+        (b"\xff\xfe\n", ["line 1", "JSON"]),
+        (b"[" * 100_000 + b"\n", ["line 1", "JSON"]),
+        (b'{"answer": "1"}\n', ["line 1", "'response'"]),
+        (b'{"response": 5, "answer": "1"}\n', ["line 1", "'response'"]),
+        (b'{"response": "a"}\n', ["line 1", "'answer'"]),
+        (b'{"response": "a", "answer": null}\n', ["line 1", "'answer'"]),
+        (None, ["No such file"]),
+    ],
+)
+def test_the_command_refuses_bad_input_in_one_line(
+    tmp_path: Path, content: bytes | None, words: list[str]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    if content is not None:
+        file.write_bytes(content)
+    result = run_command(str(file))
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert all(word in result.stderr for word in [str(file), *words])
+
+
+def test_the_command_refuses_bad_settings(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    result = run_command(str(tmp_path / "empty.jsonl"), "--timeout", "0")
+    assert (result.returncode, result.stderr) == (2, "timeout is 0.0: give a number above 0\n")
+    result = run_command(str(tmp_path / "empty.jsonl"))
+    assert (result.returncode, result.stdout) == (0, "")
+
+
+# Agreement with other verifiers' own cases and with judged model outputs
+
+
+@pytest.mark.parametrize(
+    ("name", "least"), [("verifier_cases.jsonl", 97), ("verifier_real_outputs.jsonl", 396)]
+)
+def test_agreement_with_judged_answers(pool: RewardPool, name: str, least: int) -> None:
+    if not (ASSETS / name).exists():
+        pytest.skip(f"no {name} beside the repository")
+    rows = [json.loads(line) for line in (ASSETS / name).read_text().splitlines()]
+    grades = pool.grade([("</think>" + row["prediction"], row["gold"], False) for row in rows])
+    agreed = [g.reward == row["expected_equal"] for g, row in zip(grades, rows, strict=True)]
+    # Plain math-verify with both sides boxed agrees on 97 of 106 and 396 of 396.
+    assert sum(agreed) >= least
+    assert all(g.reason != "timeout" for g in grades)
