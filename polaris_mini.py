@@ -172,7 +172,7 @@ class Config:
     substitute: bool = True
     """Groups that teach nothing give their place to groups that do. Source: blog and release."""
     mastered_above: float = 0.9
-    """Problems with a higher accuracy leave at the end of a stage; 1 keeps all. Source: blog (0.9)."""
+    """Problems with a higher pass rate in a stage leave at its end; 1 keeps all. Source: blog (0.9)."""
 
     # the loss
     advantage: Literal["grpo", "dr_grpo"] = "grpo"
@@ -317,7 +317,7 @@ PRESETS: dict[str, Config] = {
     "recipe": Config(),
     "toy": Config(
         preset="toy", prompt_suffix="", max_prompt_tokens=64, stages=(Stage(100, 1.0, 96),),
-        prompts_per_step=32, lr=2e-4, eval_every=25, checkpoint_every=25,
+        prompts_per_step=32, lr=1e-4, eval_every=25, checkpoint_every=25,
         warmup_steps=600, warmup_batch=32, warmup_lr=3e-3,
     ),
 }  # fmt: skip

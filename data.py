@@ -1,0 +1,623 @@
+"""Problems in, prompts out: load and validate problems, encode prompts, walk over epochs, log scores.
+
+A problem comes from a jsonl, json or parquet file, a hub data set or the toy world at the end of this file. What is
+wrong with a row is said at once, with file, row, value and fix: a problem without its answer, or two problems with one
+id, would train without an error and teach nonsense.
+
+Left out: models (a tokenizer is all that a prompt needs), grading (`reward.py`), mixing and weighting of data sets,
+streaming (40,000 problems fit in memory), images, tool calls, conversations of several turns.
+"""
+from __future__ import annotations
+
+import difflib
+import gzip
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import sys
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
+
+from polaris_mini import Config, Problem
+
+if TYPE_CHECKING:  # importing transformers takes seconds, which a typo in a file name should not cost
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+Row = TypeVar("Row")
+Chat = list[dict[str, str]]
+
+
+class DataError(ValueError):
+    """Say in one line what is wrong with the input, where, and what would be right."""
+
+
+# ----------------------------------------------------------------- loading problems
+
+
+def load_problems(source: str, *, skip_bad_rows: bool = False) -> list[Problem]:
+    """Load the problems of a jsonl, json or parquet file, or of a hub data set (`owner/name`, `owner/name:split`).
+
+    Two layouts are known: columns `problem` (or `question`) and `answer` (or `answers`), with optional `id` or `index`
+    and `pass_rate` or `difficulty` ("3/8"); and verl's `prompt`, `reward_model.ground_truth`, `extra_info.index`.
+    A row without an id gets one from its text, so that it keeps it when the file is sorted or cut.
+
+    Raises: DataError. With skip_bad_rows, unusable rows are left out and counted on stderr.
+    """
+    places: dict[str, str] = {}  # id -> where it was first seen
+
+    def convert(placed_row: tuple[str, object]) -> Problem:
+        place, row = placed_row
+        problem = _problem(row, place)
+        if problem.id in places:
+            raise DataError(f"{place}: id is {problem.id}, as in {places[problem.id]}: "
+                            "make the ids (or, where none are given, the problem texts) unique")
+        places[problem.id] = place
+        return problem
+
+    return _convert_all(_rows(source), convert, source, skip_bad_rows)
+
+
+def _convert_all(
+    rows: Iterable[Row], convert: Callable[[Row], Problem], source: str, skip_bad_rows: bool
+) -> list[Problem]:
+    problems: list[Problem] = []
+    errors: list[DataError] = []
+    for row in rows:
+        try:
+            problems.append(convert(row))
+        except DataError as error:
+            if not skip_bad_rows:
+                raise DataError(f"{error}; or leave such rows out with --skip-bad-rows") from None
+            errors.append(error)
+    if not problems:
+        found = f"none of the {len(errors)} rows can be used, first: {errors[0]}" if errors else "is empty"
+        raise DataError(f"{source}: {found}; give at least one problem")
+    if errors:
+        total = len(problems) + len(errors)
+        print(f"warning: {source}: {len(errors)} of {total} rows left out, first: {errors[0]}", file=sys.stderr)
+    return problems
+
+
+def _rows(source: str) -> Iterator[tuple[str, object]]:
+    """Yield each row with its place; a row that cannot even be parsed is yielded as its DataError."""
+    path = Path(source)
+    if path.exists() or source.endswith(tuple(READERS)) or source.startswith((".", "/")):
+        return _file_rows(path)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(:\S+)?", source):
+        return _hub_rows(source)
+    raise DataError(f"--data {_shown(source)} is neither a file nor the name of a hub data set: give a file "
+                    f"({', '.join(READERS)}) or owner/name")
+
+
+def _hub_rows(source: str) -> Iterator[tuple[str, object]]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    name, _, split = source.partition(":")
+    try:
+        rows = load_dataset(name, split=split or "train")
+    except (OSError, ValueError, DatasetsError) as error:
+        raise DataError(f"{source}: is no file, and cannot be loaded from the hub ({_one_line(error)}): check name, "
+                        "split (owner/name:split) and connection, or download it and give the file") from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{source}, row {number}", row
+
+
+def _file_rows(path: Path) -> Iterator[tuple[str, object]]:
+    if not path.is_file():
+        raise DataError(_what_is_there_instead(path))
+    reader = next((read for suffix, read in READERS.items() if path.name.endswith(suffix)), None)
+    if reader is None:
+        raise DataError(f"{path}: the suffix {path.suffix or 'is missing and'} is not known: "
+                        f"convert it to one of {', '.join(READERS)}")
+    if path.stat().st_size == 0:
+        return
+    try:
+        yield from reader(path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({_one_line(error)}): check or fetch the file again") from error
+
+
+def _what_is_there_instead(path: Path) -> str:
+    if path.is_dir():
+        return f"{path}: is a folder: give one of the files in it"
+    if not path.parent.is_dir():
+        return f"{path}: there is no folder {path.parent}: check the path"
+    close = difflib.get_close_matches(path.name, os.listdir(path.parent))
+    advice = f"did you mean {' or '.join(close)}?" if close else "check the path"
+    return f"{path}: there is no such file: {advice}"
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, object]]:
+    # As bytes: text mode could stop at a wrong character between two lines, and hides which line it was.
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            place = f"{path}, line {number}"
+            if line.strip():
+                try:
+                    yield place, json.loads(line)
+                except ValueError as error:
+                    yield place, DataError(f"{place}: not JSON ({error}): write one object per line")
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, object]]:
+    try:
+        rows = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}): rename it to .jsonl if it has one object per line") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: holds {_shown(rows)}: give a list of objects")
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}, row {number}", row
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(path).read()
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not parquet ({_one_line(error)}): check or fetch the file again") from error
+    for number, row in enumerate(table.to_pylist(), start=1):  # to_pylist: from here on, plain Python values only
+        yield f"{path}, row {number}", row
+
+
+READERS = {".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+
+
+def _problem(row: object, place: str) -> Problem:
+    fields = _fields(row, place)
+    system = None
+    if "reward_model" in fields:
+        system, text = _chat_prompt(_get(fields, ("prompt",), place), place)
+        truth = _get(_fields(fields["reward_model"], f"{place}, reward_model"), ("ground_truth",), place)
+    else:
+        text = _get_text(fields, ("problem", "question"), place).strip()
+        truth = _get(fields, ("answer", "answers"), place)
+    problem_id = _given_id(fields, place) or hashlib.sha256(text.encode()).hexdigest()[:12]
+    return Problem(problem_id, text, _answers(truth, place), _pass_rate(fields, place), system)
+
+
+def _fields(row: object, place: str) -> dict[str, Any]:
+    if isinstance(row, DataError):
+        raise row
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: is {_shown(row)}: give an object with named fields")
+    return row
+
+
+def _get(fields: Mapping[str, Any], names: Sequence[str], place: str) -> Any:
+    for name in names:
+        if fields.get(name) is not None:
+            return fields[name]
+    raise DataError(f"{place}: {' or '.join(names)} is missing (columns: {', '.join(fields) or 'none'}): "
+                    "give it in every row")
+
+
+def _get_text(fields: Mapping[str, Any], names: Sequence[str], place: str) -> str:
+    value = _get(fields, names, place)
+    if not _is_text(value):
+        raise DataError(f"{place}: {' or '.join(names)} is {_shown(value)}: give a text")
+    return value
+
+
+def _chat_prompt(turns: object, place: str) -> tuple[str | None, str]:
+    """Return the system message, if any, and the user's."""
+    if not isinstance(turns, list):
+        raise DataError(f"{place}: prompt is {_shown(turns)}: give a list of chat messages")
+    messages = [_fields(turn, f"{place}, prompt") for turn in turns]
+    roles = [message.get("role") for message in messages]
+    if roles not in (["user"], ["system", "user"]):
+        raise DataError(f"{place}: prompt has the turns {_shown(roles)}: give one user turn, after at most one system "
+                        "turn (worked examples: --prompt-examples)")
+    texts = [_get_text(message, ("content",), f"{place}, prompt").strip() for message in messages]
+    return (texts[0] if len(texts) == 2 else None), texts[-1]
+
+
+def _given_id(fields: Mapping[str, Any], place: str) -> str | None:
+    extra = fields.get("extra_info")
+    # The release's AIME25 file has extra_info.id where the others have extra_info.index.
+    for found, name in ((extra, "index"), (extra, "id"), (fields, "id"), (fields, "index")):
+        if isinstance(found, dict) and found.get(name) is not None:
+            return _as_text(found[name], f"{place}: {name}")
+    return None
+
+
+def _answers(truth: object, place: str) -> tuple[str, ...]:
+    values = truth if isinstance(truth, list) else [truth]
+    if not values:
+        raise DataError(f"{place}: answer is []: give at least one")
+    return tuple(dict.fromkeys(_as_text(value, f"{place}: answer") for value in values))
+
+
+def _as_text(value: object, field: str) -> str:
+    """Write an answer or id as text: 142.0 is "142" (the release's AMC file has floats), 0.5 is "0.5"."""
+    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool) and math.isfinite(value):
+        return str(int(value) if value == int(value) else value)
+    if _is_text(value):
+        return value.strip()
+    raise DataError(f"{field} is {_shown(value)}: give a text or a number")
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    # JSON can hold half a surrogate pair, which neither a tokenizer nor a file takes.
+    return isinstance(value, str) and bool(value.strip()) and not re.search(r"[\ud800-\udfff]", value)
+
+
+def _pass_rate(fields: Mapping[str, Any], place: str) -> float | None:
+    value = fields.get("pass_rate")
+    share = re.fullmatch(r"(\d+)/(\d+)", str(fields.get("difficulty")))  # MATH's difficulty, a level, is none
+    if value is None and share and int(share[2]) > 0:
+        value = int(share[1]) / int(share[2])
+    if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
+        raise DataError(f"{place}: pass rate is {_shown(value)}: give a share from 0 to 1, or difficulty as \"3/8\"")
+    return None if value is None else float(value)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+# ------------------------------------------------- training and held-out problems
+
+
+def hold_out(problems: Sequence[Problem], count: int, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """Split into (training, held-out) problems, which share no text, however often it stands in the data.
+
+    Whether a problem is held out depends on the seed and its id, not on its place in the file.
+    """
+    if count >= len(problems):
+        raise DataError(f"--eval-problems is {count}: give less than the {len(problems)} problems there are")
+    by_hash = sorted(problems, key=lambda problem: hashlib.sha256(f"{seed}:{problem.id}".encode()).digest())
+    held_out = by_hash[:count]
+    return remove_overlap(by_hash[count:], held_out), held_out
+
+
+def remove_overlap(training: Sequence[Problem], evaluation: Sequence[Problem]) -> list[Problem]:
+    """Return the training problems whose text is not in the evaluation."""
+    known = {_normalised(problem.text) for problem in evaluation}
+    left = [problem for problem in training if _normalised(problem.text) not in known]
+    if not left:
+        raise DataError("every training problem is also in the evaluation: give another --data or --eval-data")
+    return left
+
+
+def _normalised(text: str) -> str:
+    # The release's evaluation files have the suffix in the text, its training files do not.
+    return " ".join(text.replace(Config.prompt_suffix, "").casefold().split())
+
+
+# ---------------------------------------------------------------------------- prompts
+
+PLAIN_TEMPLATE = (
+    "{% for turn in messages %}"
+    "{% if turn.role == 'system' %}{{ turn.content + '\n\n' }}"
+    "{% elif turn.role == 'user' %}{{ 'Problem: ' + turn.content + '\nSolution:' }}"
+    "{% else %}{{ ' ' + turn.content + '\n\n' }}{% endif %}"
+    "{% endfor %}"
+)  # for a base model, whose tokenizer has no chat template
+
+
+@dataclass(frozen=True)
+class WorkedExample:
+    """A problem and a response to it, for the prompt or the warm start.
+
+    The response is what follows the generation prompt: for a model that thinks, "thoughts</think>answer".
+    """
+
+    problem: str
+    response: str
+
+
+def load_worked_examples(path: str | Path) -> list[WorkedExample]:
+    """Load a jsonl file with the columns `problem` and `response`.
+
+    Raises: DataError.
+    """
+    examples = []
+    for place, row in _file_rows(Path(path)):
+        fields = _fields(row, place)
+        problem, response = (_get_text(fields, (name,), place) for name in ("problem", "response"))
+        examples.append(WorkedExample(problem.strip(), response))
+    if not examples:
+        raise DataError(f"{path}: is empty; give at least one worked example")
+    return examples
+
+
+def encode_prompts(
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    suffix: str,
+    examples: Sequence[WorkedExample] = (),
+    max_prompt_tokens: int,
+    skip_bad_rows: bool = False,
+) -> list[Problem]:
+    """Return the problems with their prompt_tokens: system, worked examples, problem and suffix, chat-templated.
+
+    Raises: DataError if a prompt is too long. With skip_bad_rows, such problems are left out and counted on stderr.
+    """
+
+    def fill_in(encoded: tuple[Problem, list[int]]) -> Problem:
+        problem, tokens = encoded
+        if len(tokens) > max_prompt_tokens:
+            raise DataError(f"problem {problem.id}: the prompt has {len(tokens)} tokens, more than {max_prompt_tokens}:"
+                            " raise --max-prompt-tokens")
+        return replace(problem, prompt_tokens=tuple(tokens))
+
+    texts = _render([_chat(problem.text, problem.system, suffix, examples) for problem in problems], tokenizer)
+    prompts = _tokenize(texts, tokenizer)
+    return _convert_all(zip(problems, prompts, strict=True), fill_in, "prompts", skip_bad_rows)
+
+
+def encode_example(
+    example: WorkedExample,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    suffix: str,
+    examples: Sequence[WorkedExample] = (),
+) -> tuple[list[int], list[int]]:
+    """Return (prompt tokens, response tokens), the response just as a model would generate it, with its end token."""
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no eos_token, so a response has no end: set it in tokenizer_config.json")
+    text = _render([_chat(example.problem, None, suffix, examples)], tokenizer)[0]
+    response = example.response
+    if tokenizer.chat_template is None:
+        response = " " + response  # as after "Solution:" in the plain template
+    elif text.rstrip().endswith("<think>") and response.startswith("<think>"):
+        response = response.removeprefix("<think>").lstrip()  # some templates open the thought, others leave it to us
+    # The two are tokenized apart, as in generation, where the prompt's last token cannot change any more.
+    tokens = tokenizer(response, add_special_tokens=False)["input_ids"]
+    return _tokenize([text], tokenizer)[0], [*tokens, tokenizer.eos_token_id]
+
+
+def thinks(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether the model thinks before it answers: its chat template knows `<think>`."""
+    template = str(tokenizer.chat_template)  # None, a text, or several by name
+    return "<think>" in template or "</think>" in template
+
+
+def _chat(text: str, system: str | None, suffix: str, examples: Sequence[WorkedExample]) -> Chat:
+    def user(text: str) -> dict[str, str]:
+        # The release's evaluation files bring the suffix along. An empty suffix is in every text.
+        return {"role": "user", "content": text if suffix in text else f"{text} {suffix}"}
+
+    chat = [{"role": "system", "content": system}] if system else []
+    for example in examples:
+        chat += [user(example.problem), {"role": "assistant", "content": example.response}]
+    return [*chat, user(text)]
+
+
+def _render(chats: list[Chat], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    from jinja2 import TemplateError
+
+    template = PLAIN_TEMPLATE if tokenizer.chat_template is None else None  # None: the tokenizer's own
+    try:
+        texts = tokenizer.apply_chat_template(
+            chats, chat_template=template, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+    except TemplateError as error:
+        raise DataError(f"the model's chat template refuses the prompts ({_one_line(error)}): a common reason is a "
+                        "system message; take it out of the data") from error
+    return cast(list[str], texts)
+
+
+def _tokenize(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    token_lists = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    # A chat template writes its own BOS. Without one, add BOS alone: some tokenizers would add EOS as well.
+    if tokenizer.chat_template is None and tokenizer("1")["input_ids"][0] == tokenizer.bos_token_id:
+        return [[tokenizer.bos_token_id, *tokens] for tokens in token_lists]
+    return token_lists
+
+
+# ----------------------------------------------------------- the order of the problems
+
+
+class ProblemSampler:
+    """Walk over the problems in batches, in a new order each epoch; no batch holds a problem twice.
+
+    What is left of an epoch and too small for a batch is skipped. A resumed sampler neither repeats nor skips a batch.
+    """
+
+    def __init__(self, problems: Sequence[Problem], seed: int) -> None:
+        self._problems = list(problems)
+        self._seed = seed
+        self._removed: set[str] = set()
+        self._epoch = 0
+        self._position = 0
+
+    def __len__(self) -> int:
+        return len(self._left())
+
+    def peek(self, count: int) -> list[Problem]:
+        """Return the next batch without moving on."""
+        epoch, start = self._next_start(count)
+        order = self._left()
+        random.Random(f"{self._seed}/{epoch}").shuffle(order)  # depends on nothing else, so a resume can repeat it
+        return order[start : start + count]
+
+    def advance(self, count: int) -> None:
+        """Move on past the next batch."""
+        self._epoch, start = self._next_start(count)
+        self._position = start + count
+
+    def remove(self, ids: Collection[str]) -> None:
+        """Drop problems for good, and start a new epoch over those that are left."""
+        dropped = {problem.id for problem in self._left()} & set(ids)
+        if len(dropped) == len(self):
+            raise DataError(f"all {len(self)} problems left are mastered: end here, give harder --data or raise "
+                            "--mastered-above")
+        if dropped:
+            self._removed |= dropped
+            self._epoch, self._position = self._epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, as JSON can hold it."""
+        return {"seed": self._seed, "epoch": self._epoch, "position": self._position,
+                "removed": sorted(self._removed), "problems": self._fingerprint()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another sampler over the same problems was.
+
+        Raises: DataError if the problems differ.
+        """
+        if state["problems"] != self._fingerprint():
+            raise DataError("the problems are not those that this run began with: resume with the same data files and "
+                            "the same --data, --eval-data, --eval-problems and prompt options")
+        self._seed, self._epoch, self._position = state["seed"], state["epoch"], state["position"]
+        self._removed = set(state["removed"])
+
+    def _left(self) -> list[Problem]:
+        return [problem for problem in self._problems if problem.id not in self._removed]
+
+    def _next_start(self, count: int) -> tuple[int, int]:
+        if count > len(self):
+            raise DataError(f"--prompts-per-step is {count}, but only {len(self)} problems are there: lower it or give "
+                            "more --data")
+        if self._position + count > len(self):
+            return self._epoch + 1, 0
+        return self._epoch, self._position
+
+    def _fingerprint(self) -> str:
+        lines = "\n".join(f"{problem.id}\n{problem.text}" for problem in self._problems)
+        return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------- the score log
+
+
+class ScoreLog:
+    """A jsonl file with one line per (step, problem): its raw pass rate, before rescue and substitution."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._last_step, self._size = self._end()
+
+    def add(self, step: int, scores: Mapping[str, float]) -> None:
+        """Append the scores of a step.
+
+        Raises: ValueError if the step, or a later one, is already there: `rewind` first.
+        """
+        if step <= self._last_step:
+            raise ValueError(f"{self._path}: has scores up to step {self._last_step}, so step {step} would count "
+                             "twice: rewind it first")
+        lines = [json.dumps({"step": step, "id": key, "score": score}) + "\n" for key, score in scores.items()]
+        with self._path.open("ab") as file:
+            file.truncate(self._size)  # drops a line that a killed run left half-written
+            self._size += file.write("".join(lines).encode())
+        self._last_step = step
+
+    def rewind(self, step: int) -> None:
+        """Drop the scores of every step after this one, for a resume from its checkpoint."""
+        if self._path.exists():
+            kept = [line for recorded, _, _, line in self._records() if recorded <= step]
+            rewound = self._path.with_name(self._path.name + ".tmp")
+            rewound.write_bytes(b"".join(kept))
+            os.replace(rewound, self._path)  # all or nothing, if we are killed here
+            self._last_step, self._size = self._end()
+
+    def scores(self, first_step: int, last_step: int) -> dict[str, list[float]]:
+        """Collect each problem's scores from the first to the last step, both included."""
+        collected = defaultdict(list)
+        for step, problem_id, score, _ in self._records():
+            if first_step <= step <= last_step:
+                collected[problem_id].append(score)
+        return dict(collected)
+
+    def _end(self) -> tuple[int, int]:
+        """Return the last step and the bytes of the complete lines."""
+        last_step, size = -1, 0
+        for step, _, _, line in self._records():
+            last_step = step
+            size += len(line)
+        return last_step, size
+
+    def _records(self) -> Iterator[tuple[int, str, float, bytes]]:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    return  # cut off by a kill
+                try:
+                    record = json.loads(line)
+                    yield record["step"], record["id"], record["score"], line
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DataError(f"{self._path}, line {number}: is {_shown(line)}, not a score: "
+                                    "delete the line") from error
+
+
+# -------------------------------------------------------------------------- the toy world
+
+TOY_SPECIAL = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
+TOY_THINK = ["<think>", "</think>"]
+TOY_WORDS = [*"0123456789", " + ", " = ", "\n", "\\boxed{", "}", "<|unk|>"]
+TOY_TEMPLATE = (
+    "{% for turn in messages %}"
+    "{{ ('<|assistant|>' if turn.role == 'assistant' else '<|user|>') + turn.content + '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+)
+
+
+def toy_problems(count: int, seed: int) -> list[Problem]:
+    """Make different sums such as "12 + 3 + 17", of 2 to 8 terms from 1 to 20; the id is the text."""
+    rng = random.Random(f"toy problems {seed}")
+    problems: dict[str, Problem] = {}
+    while len(problems) < count:
+        terms = [rng.randint(1, 20) for _ in range(rng.randint(2, 8))]
+        text = " + ".join(map(str, terms))
+        problems[text] = Problem(text, text, (str(sum(terms)),))
+    return list(problems.values())
+
+
+def toy_response(problem: Problem, error_rate: float, rng: random.Random) -> str:
+    r"""Work a toy problem out step by step, each step wrong with the given probability.
+
+    The chain goes on from a wrong value. Noisy examples make a warm start that leaves something for GRPO to improve.
+
+    >>> toy_response(Problem("", "12 + 3 + 17", ("32",)), 0.0, random.Random(0))
+    '12 + 3 = 15\n15 + 17 = 32\n</think>\n\\boxed{32}'
+    """
+    total, *terms = map(int, problem.text.split(" + "))
+    steps = []
+    for term in terms:
+        result = total + term
+        if rng.random() < error_rate:
+            result += rng.choice([slip for slip in (-10, -2, -1, 1, 2, 10) if result + slip > 0])
+        steps.append(f"{total} + {term} = {result}\n")
+        total = result
+    return f"{''.join(steps)}</think>\n\\boxed{{{total}}}"
+
+
+def toy_tokenizer() -> PreTrainedTokenizerFast:
+    """Make a tokenizer of 22 tokens; what it does not know becomes a visible `<|unk|>`, one per character."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: number for number, token in enumerate([*TOY_SPECIAL, *TOY_THINK, *TOY_WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
+    pieces = Regex(r" \+ | = |\\boxed\{|.|\n")
+    backend.pre_tokenizer = pre_tokenizers.Split(pieces, behavior="isolated")
+    backend.decoder = decoders.Fuse()  # joins the pieces with nothing between them
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in TOY_SPECIAL])
+    backend.add_tokens([AddedToken(token, normalized=False) for token in TOY_THINK])
+    # <|unk|> is not declared here: as a special token it would vanish from decoded text, and 1<|unk|>2 would read 12.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<|pad|>", eos_token="<|end|>", chat_template=TOY_TEMPLATE,
+        extra_special_tokens=["<|user|>", "<|assistant|>"], clean_up_tokenization_spaces=False,
+    )  # fmt: skip

@@ -1,0 +1,46 @@
+"""Tiny real models, tokenizers and problems, made in a moment and without a download."""
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM,
+)
+
+import train  # noqa: F401  registers the packed attention
+from polaris_mini import Rollout
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "intermediate_size": 64, "max_position_embeddings": 256, "eos_token_id": 1, "pad_token_id": 0,
+         "bos_token_id": None, "vocab_size": 50}
+
+
+def tiny_model(kind: str, *, tied: bool, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config_class, model_class = {
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+    }[kind]
+    extra = {"head_dim": 8} if kind == "qwen3" else {}
+    model = model_class(config_class(tie_word_embeddings=tied, **SIZES, **extra))
+    for parameter in model.parameters():  # far from the flat start, so that probabilities and norms matter
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def random_rollouts(count: int, seed: int = 0, longest: int = 40) -> list[Rollout]:
+    rng = random.Random(seed)
+    rollouts = []
+    for _ in range(count):
+        prompt = [rng.randrange(2, 50) for _ in range(rng.randint(1, 12))]
+        response = [rng.randrange(2, 50) for _ in range(rng.randint(1, longest))]
+        logprobs = [-3 * rng.random() for _ in response]
+        rollouts.append(Rollout("p", prompt, response, logprobs, "", "stop", advantage=rng.gauss(0, 1)))
+    return rollouts
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(2)

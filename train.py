@@ -1,0 +1,1089 @@
+"""Train a reasoning model with POLARIS: rollouts, rewards, rescue, substitution, advantages, one clipped update.
+
+    python train.py                                        # the toy world: a tiny model learns sums, on any machine
+    python train.py --model Qwen/Qwen3-1.7B --data problems.jsonl --max-response-tokens 8192 --lora-rank 32
+    python train.py --resume runs/NAME [--steps 200]       # go on where a run stopped
+    python train.py plot runs/NAME                         # draw its curves again
+    python train.py --help                                 # every setting, with its source
+
+Read `train` first: it is the algorithm, one banner per step. Below it, in this order: the update (packing, log-probs,
+gradient), the policy (loading, LoRA, optimizers, warm start), checkpoints, and what a person sees while it runs.
+
+Left out: several GPUs, critics, KL and entropy terms, asynchronous rollouts. Memory settings never change the result.
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import data
+import torch
+import torch.nn.functional as F
+import tyro
+from data import DataError, ProblemSampler, ScoreLog
+from rich.console import Console
+from rich.progress import (
+    BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from polaris_mini import (
+    PRESETS, Config, Group, Problem, Rollout, Stage, advantages, distinct_n, mastered, policy_loss, rescue, substitute,
+)
+from reward import RewardPool
+from rollout import (
+    Engine, Evaluation, HFEngine, ModelError, Sampling, autocast, causal_lm, evaluate, grade_groups, load_model,
+    load_tokenizer, sample_groups,
+)
+
+# ---------------------------------------------------------------------------- the loop
+
+
+def train(world: World, config: Config, run: Run, display: Display, interrupt: Interrupt) -> None:
+    """Run every step that is still to do."""
+    state = world.state
+    if state.step == 0:
+        evaluate_policy(world, config, run, display, interrupt)
+
+    while (stage := config.stage_at(state.step)) and not interrupt.requested:
+        rng = random.Random(f"{config.seed}:{state.step}")  # all chance comes from seed and step: nothing to restore
+        clock = Clock()
+
+        # 0. STAGE       temperature and length grow; mastered problems leave
+        enter_stage(world, config, display)
+
+        # 1. ROLLOUT     G responses to each of P problems, at the stage's temperature
+        problems = state.sampler.peek(config.prompts_per_step)
+        sampling = Sampling(stage.temperature, stage.max_response_tokens, seed=rng.getrandbits(63))
+        with interrupt.may_drop_step(), clock("rollout"), display.phase("rollout") as on_tokens:
+            groups = sample_groups(world.engine, world.tokenizer, problems, config.group_size, sampling, on_tokens)
+        if interrupt.requested:
+            save_checkpoint(world, config, run)
+            break
+
+        # 2. REWARD      1 if the boxed answer is right, else 0; the raw scores are logged now
+        with clock("reward"), display.phase("reward"):
+            grade_groups(groups, world.pool)
+            run.log_rollouts(state.step + 1, groups)
+            state.scores.add(state.step + 1, {group.problem.id: group.pass_rate for group in groups})
+
+        # 3. RESCUE      a group without a correct rollout borrows one that its problem once had
+        batch = rescue(groups, state.sink, rng) if config.rescue else groups
+
+        # 4. SUBSTITUTE  groups that teach nothing give their place to groups that do
+        batch = substitute(batch, rng) if config.substitute else batch
+
+        # 5. ADVANTAGE   (reward - mean) / std inside each group
+        for group in batch:
+            values = advantages([rollout.reward for rollout in group.rollouts], config.advantage)
+            for rollout, value in zip(group.rollouts, values, strict=True):
+                rollout.advantage = value
+
+        # 6. UPDATE      clipped policy gradient, one token mean over the whole batch
+        with clock("update"), display.phase("update"):
+            update = update_policy(world.policy, world.optimizer, batch, stage.temperature, config)
+        with clock("sync"):
+            world.engine.sync(world.policy)
+
+        # 7. LOG, EVAL, SAVE
+        state.sampler.advance(config.prompts_per_step)
+        state.step += 1
+        metrics = step_metrics(config, state, stage, groups, batch, update, clock)
+        if is_evaluation_step(config, state.step):
+            metrics |= evaluate_policy(world, config, run, display, interrupt)
+        run.log_metrics(metrics)
+        display.row(metrics)
+        if state.step % config.checkpoint_every == 0 or state.step == config.total_steps or interrupt.requested:
+            save_checkpoint(world, config, run)
+
+
+@dataclass
+class State:
+    """What a checkpoint holds beside the weights and the optimizer."""
+
+    step: int
+    """Completed steps."""
+    sampler: ProblemSampler
+    scores: ScoreLog
+    sink: dict[str, Rollout] = field(default_factory=dict)
+    """One correct rollout per problem, for rescue."""
+
+
+@dataclass
+class World:
+    """Everything that a run works with."""
+
+    tokenizer: PreTrainedTokenizerBase
+    policy: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    engine: Engine
+    pool: RewardPool
+    eval_problems: list[Problem]
+    state: State
+
+
+def enter_stage(world: World, config: Config, display: Display) -> None:
+    """At the first step of a later stage, drop the problems that were mastered in the one before."""
+    step, sampler = world.state.step, world.state.sampler
+    number = config.stage_number(step)
+    if step == 0 or number == config.stage_number(step - 1):
+        return
+    first = sum(stage.steps for stage in config.stages[: number - 2]) + 1
+    gone = mastered(world.state.scores.scores(first, step), config.mastered_above)
+    left = len(sampler) - len(gone)
+    if left < config.prompts_per_step:
+        display.note(f"stage {number}: {len(gone)} problems are mastered, but only {left} would be left: all stay")
+    else:
+        sampler.remove(gone)
+        display.note(f"stage {number}: {len(gone)} mastered problems leave, {left} stay")
+
+
+def is_evaluation_step(config: Config, step: int) -> bool:
+    if config.eval_every < 0:
+        return False
+    return step == config.total_steps or (config.eval_every > 0 and step % config.eval_every == 0)
+
+
+def evaluate_policy(
+    world: World, config: Config, run: Run, display: Display, interrupt: Interrupt
+) -> dict[str, float]:
+    """Measure the held-out pass rate, unless evaluation is off or Ctrl-C ends it."""
+    if config.eval_every < 0:
+        return {}
+    temperature = config.eval_temperature or config.stages[0].temperature
+    longest = max(stage.max_response_tokens for stage in config.stages)
+    sampling = Sampling(temperature, longest, seed=config.seed)  # the same draws each time: less noise in a difference
+    result: Evaluation | None = None
+    with interrupt.may_drop_step(), display.phase("evaluation") as on_tokens:
+        result = evaluate(
+            world.engine, world.tokenizer, world.pool, world.eval_problems, config.eval_rollouts, sampling, on_tokens
+        )
+    if result is None:
+        return {}
+    run.log_evaluation(world.state.step, result)
+    return {"eval/avg_at_k": result.avg_at_k, "eval/pass_at_k": result.pass_at_k}
+
+
+# -------------------------------------------------------------------------- the update
+
+
+@dataclass
+class Update:
+    """What one rollout batch did to the policy; means are over the response tokens that were forwarded."""
+
+    loss: float = math.nan
+    entropy: float = math.nan
+    clip_fraction: float = math.nan
+    mismatch_kl: float = math.nan
+    ratio_max: float = math.nan
+    grad_norm: float = 0.0
+
+
+def update_policy(
+    policy: torch.nn.Module, optimizer: torch.optim.Optimizer, groups: Sequence[Group], temperature: float,
+    config: Config,
+) -> Update:
+    """Take `updates_per_batch` optimizer steps, each on its share of the groups.
+
+    The loss is the weighted sum over response tokens divided once by the weighted number of response tokens in the
+    share, so micro-batches change memory only. Rollouts without advantage have no gradient and are not forwarded, but
+    their tokens count in the division.
+    """
+    shares = [share for share in (groups[i :: config.updates_per_batch] for i in range(config.updates_per_batch))
+              if any(rollout.advantage for group in share for rollout in group.rollouts)]
+    if not shares:
+        return Update()
+    device = causal_lm(policy).device
+    packed = []
+    for share in shares:
+        weighted = [(rollout, group.weight) for group in share for rollout in group.rollouts]
+        tokens = sum(len(rollout.response_tokens) * weight for rollout, weight in weighted)
+        rows = pack([pair for pair in weighted if pair[0].advantage], config.tokens_per_micro_batch, device)
+        packed.append((rows, tokens))
+    policy.train()
+    if len(packed) > 1:  # with a single update the current log-probs are the old ones: no extra forward pass
+        with torch.no_grad():
+            for rows, _ in packed:
+                for row in rows:
+                    row.old_logprobs = token_logprobs(policy, row, temperature, config)[0]
+
+    sums: dict[str, float] = defaultdict(float)
+    ratio_max, grad_norms = 0.0, []
+    for rows, tokens in packed:
+        for row in rows:
+            logprobs, entropy = token_logprobs(policy, row, temperature, config)  # (M,), (M,)
+            old_logprobs = logprobs.detach() if row.old_logprobs is None else row.old_logprobs
+            loss, clipped = policy_loss(
+                logprobs, old_logprobs, row.advantages,
+                clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
+            )  # (M,), (M,)
+            row_loss = (loss * row.weights).sum() / tokens
+            row_loss.backward()
+            difference = (old_logprobs - row.sampler_logprobs)[~row.rescued]  # trainer against sampler, same weights
+            sums["tokens"] += len(loss)
+            sums["sampled"] += len(difference)
+            sums["loss"] += row_loss.item()
+            sums["entropy"] += entropy.sum().item()
+            sums["clipped"] += clipped.sum().item()
+            sums["kl"] += (difference.exp() - 1 - difference).sum().item()
+            ratio_max = max(ratio_max, difference.exp().max().item() if len(difference) else 0.0)
+        grad_norms.append(apply_gradient(policy, optimizer, config.max_grad_norm))
+    return Update(
+        loss=sums["loss"] / len(packed),
+        entropy=sums["entropy"] / sums["tokens"],
+        clip_fraction=sums["clipped"] / sums["tokens"],
+        mismatch_kl=sums["kl"] / max(sums["sampled"], 1),
+        ratio_max=ratio_max,
+        grad_norm=sum(grad_norms) / len(grad_norms),
+    )
+
+
+def apply_gradient(policy: torch.nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> float:
+    """Clip the gradient, take the optimizer's step and return the norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_((p for p in policy.parameters() if p.requires_grad), max_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+@dataclass
+class Row:
+    """Sequences side by side without padding: N input tokens, of which M predict a response token."""
+
+    input_ids: torch.Tensor
+    """(1, N) prompt and response of each sequence; a response's last token predicts nothing and is left out."""
+    position_ids: torch.Tensor
+    """(1, N), from 0 in each sequence."""
+    sequence_lengths: list[int]
+    """Sums to N."""
+    predicting: torch.Tensor
+    """(M,) places in the row whose hidden state predicts a response token."""
+    targets: torch.Tensor
+    """(M,) those response tokens."""
+    advantages: torch.Tensor
+    weights: torch.Tensor
+    sampler_logprobs: torch.Tensor
+    rescued: torch.Tensor
+    old_logprobs: torch.Tensor | None = None
+    """(M,) nats, of the policy before this batch's first update; None stands for the current ones."""
+
+
+def pack(weighted: Sequence[tuple[Rollout, int]], tokens_per_row: int, device: torch.device) -> list[Row]:
+    """Lay rollouts, each with its weight, into rows of at most `tokens_per_row` tokens; a longer one has its own."""
+    bins: list[list[tuple[Rollout, int]]] = []
+    free: list[int] = []
+    for pair in sorted(weighted, key=lambda pair: -_row_tokens(pair[0])):  # first fit decreasing
+        size = _row_tokens(pair[0])
+        place = next((i for i, space in enumerate(free) if space >= size), None)
+        if place is None:
+            bins.append([])
+            free.append(tokens_per_row)
+            place = len(bins) - 1
+        bins[place].append(pair)
+        free[place] -= size
+    return [_row(content, device) for content in bins]
+
+
+def _row_tokens(rollout: Rollout) -> int:
+    return len(rollout.prompt_tokens) + len(rollout.response_tokens) - 1
+
+
+def _row(content: Sequence[tuple[Rollout, int]], device: torch.device) -> Row:
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    predicting: list[int] = []
+    for rollout, _ in content:
+        start, size = len(input_ids), _row_tokens(rollout)
+        input_ids += [*rollout.prompt_tokens, *rollout.response_tokens[:-1]]
+        position_ids += range(size)
+        predicting += range(start + len(rollout.prompt_tokens) - 1, start + size)
+
+    def per_token(values: Sequence[float]) -> torch.Tensor:
+        """Repeat one value per rollout over its response tokens."""
+        counts = torch.tensor([len(rollout.response_tokens) for rollout, _ in content])
+        return torch.tensor(values).repeat_interleave(counts).to(device)
+
+    return Row(
+        input_ids=torch.tensor([input_ids], device=device),
+        position_ids=torch.tensor([position_ids], device=device),
+        sequence_lengths=[_row_tokens(rollout) for rollout, _ in content],
+        predicting=torch.tensor(predicting, device=device),
+        targets=torch.tensor([t for rollout, _ in content for t in rollout.response_tokens], device=device),
+        advantages=per_token([rollout.advantage for rollout, _ in content]),
+        weights=per_token([float(weight) for _, weight in content]),
+        sampler_logprobs=torch.tensor([x for rollout, _ in content for x in rollout.sampler_logprobs], device=device),
+        rescued=per_token([rollout.rescued for rollout, _ in content]),
+    )
+
+
+def packed_attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, *, scaling: float, sequence_lengths: list[int] | None = None,
+    sliding_window: int | None = None, **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Attend causally inside each sequence of a packed row, never across; called by transformers' models.
+
+    query: (1, heads, N, D); key, value: (1, key-value heads, N, D). Returns (1, N, heads, D).
+    """
+    if sequence_lengths is None:
+        raise RuntimeError("packed attention was called without sequence_lengths: decode with attention 'sdpa'")
+    if sliding_window is not None and max(sequence_lengths) > sliding_window:
+        raise NotImplementedError(f"sequences longer than the model's sliding window of {sliding_window} tokens")
+    grouped = query.shape[1] != key.shape[1]
+    outputs = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
+        for q, k, v in zip(*(x.split(sequence_lengths, dim=2) for x in (query, key, value)), strict=True)
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register("packed", packed_attention)
+
+
+def token_logprobs(
+    policy: torch.nn.Module, row: Row, temperature: float, config: Config
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log-prob and entropy of every response token of a row: (M,) and (M,) float32, nats, at `temperature`."""
+    model = causal_lm(policy)
+    compute_dtype = resolve_dtype(config, model.device)
+    with autocast(model.device, compute_dtype):
+        hidden = model.base_model(
+            input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False,
+            sequence_lengths=row.sequence_lengths,
+        ).last_hidden_state[0]  # (N, H)
+    hidden = hidden[row.predicting]  # (M, H)
+    if compute_dtype != torch.float32:
+        hidden = hidden.to(compute_dtype)
+    weight = model.get_output_embeddings().weight  # (V, H)
+    return HeadLogprobs.apply(hidden, weight, row.targets, temperature, config.logprob_chunk_tokens)  # type: ignore[no-untyped-call, return-value]
+
+
+class HeadLogprobs(torch.autograd.Function):
+    """Log-probs of target tokens and entropies, from hidden states, without the (M, V) logits of more than a chunk.
+
+    The forward pass keeps only its inputs; the backward pass computes each chunk's logits once more. Logits, sums and
+    the head's gradient are float32 whatever the inputs are (float64 stays float64).
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float, chunk: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs, entropies = [], []
+        for start in range(0, len(targets), chunk):
+            log_p = HeadLogprobs._log_p(hidden[start : start + chunk], weight, temperature)  # (C, V)
+            logprobs.append(log_p.gather(1, targets[start : start + chunk, None])[:, 0])
+            entropies.append(-(log_p.exp() * log_p).sum(1))
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        entropy = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(logprobs), entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        hidden, weight, targets = ctx.saved_tensors
+        wide = _at_least_float32(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(targets), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            grad_logits = -HeadLogprobs._log_p(hidden[part], weight, ctx.temperature).exp()  # d log p_t / d z = 1_t - p
+            grad_logits.scatter_add_(1, targets[part, None], torch.ones_like(grad_logits[:, :1]))
+            grad_logits *= grad_logprobs[part, None] / ctx.temperature  # (C, V)
+            narrow = grad_logits.to(hidden.dtype)
+            grad_hidden[part] = narrow @ weight.to(hidden.dtype)
+            if grad_weight is not None:
+                grad_weight += narrow.T @ hidden[part]
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+    @staticmethod
+    def _log_p(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
+        logits = (hidden @ weight.to(hidden.dtype).T).to(_at_least_float32(hidden.dtype))
+        return torch.log_softmax(logits / temperature, dim=1)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+# -------------------------------------------------------------------------- the policy
+
+
+def set_up(config: Config, run: Run, display: Display) -> World:
+    """Load and check everything, cheapest first, so that bad input ends before it costs time."""
+    if config.engine == "vllm":
+        raise ModelError("engine is vllm: this version generates with the hf engine only; use --engine hf")
+    if config.model == "toy" and config.data != "toy":
+        raise DataError(f"model is toy, data is {config.data}: the toy model reads sums only; give a --model too")
+    device = resolve_device(config.device)
+    training, evaluation = load_data(config)
+    if len(training) < config.prompts_per_step:
+        raise DataError(
+            f"prompts_per_step is {config.prompts_per_step}, but there are {len(training)} training problems: "
+            "lower --prompts-per-step, or give more data"
+        )
+    examples = data.load_worked_examples(config.prompt_examples) if config.prompt_examples else []
+    warmup = data.load_worked_examples(config.warmup) if config.warmup else []
+    source = toy_model_folder(config, training, display) if config.model == "toy" else config.model
+    tokenizer = load_tokenizer(str(source), trust_remote_code=config.trust_remote_code)
+
+    def prompts(problems: list[Problem]) -> list[Problem]:
+        return data.encode_prompts(
+            problems, tokenizer, suffix=config.prompt_suffix, examples=examples,
+            max_prompt_tokens=config.max_prompt_tokens, skip_bad_rows=config.skip_bad_rows,
+        )
+
+    training, evaluation = prompts(training), prompts(evaluation)
+    checkpoint = run.newest_checkpoint()
+    policy = load_policy(config, str(source), checkpoint, device)
+    check_packing(policy, config)
+    state = State(0, ProblemSampler(training, config.seed), ScoreLog(run.folder / "scores.jsonl"))
+    optimizer = make_optimizer(policy, config)
+    if checkpoint is not None:
+        restore(state, optimizer, checkpoint)
+    run.rewind(state.step)
+    state.scores.rewind(state.step)
+    if warmup and checkpoint is None:
+        encoded = [data.encode_example(e, tokenizer, suffix=config.prompt_suffix, examples=examples) for e in warmup]
+        supervised_steps(policy, encoded, config, display)
+    world = World(
+        tokenizer, policy, optimizer,
+        HFEngine(policy, tokenizer, rollouts_per_batch=config.rollouts_per_batch, dtype=resolve_dtype(config, device)),
+        RewardPool(
+            workers=config.reward_workers, timeout=config.reward_timeout,
+            require_think=config.require_think and data.thinks(tokenizer),
+        ),
+        evaluation, state,
+    )
+    display.note(
+        f"{config.model} on {device}, {sum(p.numel() for p in policy.parameters() if p.requires_grad):,} trained "
+        f"parameters; {len(training):,} training and {len(evaluation):,} held-out problems; run folder {run.folder}"
+    )
+    if warmup and checkpoint is None:
+        save_checkpoint(world, config, run)  # the warm start is paid for: a resume need not repeat it
+    return world
+
+
+def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
+    """Return training and held-out problems, which never share a problem's text."""
+    if config.data == "toy":
+        problems = data.toy_problems(TOY_PROBLEMS, config.seed)
+    else:
+        problems = data.load_problems(config.data, skip_bad_rows=config.skip_bad_rows)
+    if config.eval_data is not None:
+        evaluation = data.load_problems(config.eval_data, skip_bad_rows=config.skip_bad_rows)[: config.eval_problems]
+        return data.remove_overlap(problems, evaluation), evaluation
+    return data.hold_out(problems, config.eval_problems, config.seed)
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"device is {name}: give auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device is {name}: PyTorch sees no CUDA device here; use --device cpu")
+    return device
+
+
+def resolve_dtype(config: Config, device: torch.device) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, config.dtype)
+
+
+def load_policy(config: Config, source: str, checkpoint: Path | None, device: torch.device) -> torch.nn.Module:
+    """Load the model to train: whole with float32 weights, or its frozen base with LoRA adapters on top."""
+    lora = config.lora_rank > 0
+    model = load_model(
+        source if lora or checkpoint is None else str(checkpoint),
+        dtype=resolve_dtype(config, device) if lora else torch.float32,  # lr 1e-6 is lost in bfloat16 weights
+        device=device, trust_remote_code=config.trust_remote_code,
+    )
+    policy: torch.nn.Module = model
+    if lora:
+        policy = add_lora(model, config, checkpoint)
+    causal_lm(policy).set_attn_implementation("packed")
+    if config.gradient_checkpointing:
+        causal_lm(policy).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return policy
+
+
+def add_lora(model: PreTrainedModel, config: Config, checkpoint: Path | None) -> torch.nn.Module:
+    """Put LoRA adapters on every linear layer but the head, new ones or a checkpoint's."""
+    from peft import LoraConfig, PeftModel, get_peft_model  # slow to import, and only LoRA needs it
+
+    if checkpoint is not None:
+        return PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
+    torch.manual_seed(config.seed)  # the adapters' random start
+    settings = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear",
+                          lora_dropout=0.0, task_type="CAUSAL_LM")
+    return get_peft_model(model, settings)
+
+
+def make_optimizer(policy: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    betas = (config.beta1, config.beta2)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    if config.optimizer == "adamw8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
+
+
+def check_packing(policy: torch.nn.Module, config: Config) -> None:
+    """Compare packed log-probs with the model's own logits on a few tokens, for architectures nobody tried.
+
+    Raises: ModelError for a model that scales or caps its logits, or attends in a way that packing does not know.
+    """
+    model = causal_lm(policy)
+    compute_dtype = resolve_dtype(config, model.device)
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise ModelError(f"model is {config.model}: its head has a bias, which this trainer does not support")
+    tokens = torch.arange(2, 11, device=model.device) % model.config.get_text_config().vocab_size
+    sequences = [tokens[:4].tolist(), tokens.tolist()]
+    rollouts = [Rollout("", s[:1], s[1:], [0.0] * (len(s) - 1), "", "stop") for s in sequences]
+    (row,) = pack([(rollout, 1) for rollout in rollouts], 64, model.device)
+    with torch.no_grad():
+        packed = token_logprobs(policy, row, 1.0, config)[0]
+        model.set_attn_implementation("sdpa")
+        expected = []
+        with autocast(model.device, compute_dtype):
+            for rollout in sorted(rollouts, key=_row_tokens, reverse=True):
+                ids = torch.tensor([[*rollout.prompt_tokens, *rollout.response_tokens]], device=model.device)
+                log_p = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+                expected.append(log_p.gather(1, ids[0, 1:, None])[:, 0])
+        model.set_attn_implementation("packed")
+    error = (packed - torch.cat(expected)).abs().max().item()
+    tolerance = 1e-2 if compute_dtype == torch.float32 else 0.5
+    if not error < tolerance:
+        raise ModelError(
+            f"model is {config.model} ({model.config.model_type}): log-probs of packed sequences differ by {error:.3g} "
+            "from its own logits; this architecture is not supported"
+        )
+
+
+# ---------------------------------------------------------------------- the warm start
+
+
+def supervised_steps(
+    policy: torch.nn.Module, examples: Sequence[tuple[list[int], list[int]]], config: Config, display: Display
+) -> None:
+    """Teach worked examples (prompt tokens, response tokens) by `warmup_steps` steps of cross-entropy."""
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.warmup_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    order, device = shuffled_for_ever(len(examples), config.seed), causal_lm(policy).device
+    policy.train()
+    with display.phase("warm start", total=config.warmup_steps) as advance:
+        for step in range(config.warmup_steps):
+            rise, fall = (step + 1) / (0.05 * config.warmup_steps), 1 - step / config.warmup_steps
+            optimizer.param_groups[0]["lr"] = config.warmup_lr * min(1.0, rise, fall)
+            chosen = [examples[next(order)] for _ in range(config.warmup_batch)]
+            rollouts = [Rollout("", prompt, response, [0.0] * len(response), "", "stop") for prompt, response in chosen]
+            tokens = sum(len(response) for _, response in chosen)
+            for row in pack([(rollout, 1) for rollout in rollouts], config.tokens_per_micro_batch, device):
+                logprobs, _ = token_logprobs(policy, row, 1.0, config)
+                (-logprobs.sum() / tokens).backward()
+            apply_gradient(policy, optimizer, 1.0)
+            advance(1)
+
+
+def shuffled_for_ever(count: int, seed: int) -> Iterator[int]:
+    rng = random.Random(seed)
+    while True:
+        yield from rng.sample(range(count), count)
+
+
+TOY_PROBLEMS = 6000
+TOY_ERROR_RATE = 0.25
+TOY_MODEL: dict[str, Any] = {
+    "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "intermediate_size": 384, "max_position_embeddings": 512, "tie_word_embeddings": True, "rope_theta": 10_000.0,
+    "initializer_range": 0.05,
+}
+
+
+def toy_model_folder(config: Config, training: Sequence[Problem], display: Display) -> Path:
+    """Return the toy model's folder, made once: random weights, then a warm start on worked sums with mistakes.
+
+    Kept in the user's cache under a hash of all that made it, code included.
+    """
+    made_by = [
+        {name: getattr(config, name) for name in ("seed", "warmup_steps", "warmup_batch", "warmup_lr")},
+        TOY_MODEL, TOY_ERROR_RATE, [problem.id for problem in training], torch.__version__,
+        *(inspect.getsource(source) for source in (data.toy_response, data.toy_tokenizer, supervised_steps)),
+    ]
+    name = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polaris-mini"
+    folder = cache / f"toy-{name}"
+    if folder.is_dir():
+        return folder
+    tokenizer = data.toy_tokenizer()
+    torch.manual_seed(config.seed)
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None, **TOY_MODEL,
+    ))
+    model.set_attn_implementation("packed")
+    rng = random.Random(config.seed)
+    needed = config.warmup_steps * config.warmup_batch
+    problems = [training[i] for i, _ in zip(shuffled_for_ever(len(training), config.seed), range(needed), strict=False)]
+    examples = [data.WorkedExample(p.text, data.toy_response(p, TOY_ERROR_RATE, rng)) for p in problems]
+    encoded = [data.encode_example(example, tokenizer, suffix="") for example in examples]
+    supervised_steps(model, encoded, config, display)
+    with written_whole(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+    return folder
+
+
+# ------------------------------------------------------------ checkpoints and the run's folder
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Write into a folder beside and rename it at the end, so that a folder of this name is always complete."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    for path in unfinished.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(unfinished, folder)
+
+
+def save_checkpoint(world: World, config: Config, run: Run) -> None:
+    """Save policy and tokenizer in Hugging Face format, with the trainer's state beside them."""
+    state = world.state
+    with written_whole(run.checkpoint(state.step)) as folder:
+        world.policy.save_pretrained(folder)  # type: ignore[operator]
+        world.tokenizer.save_pretrained(folder)
+        torch.save(
+            {
+                "step": state.step,
+                "optimizer": world.optimizer.state_dict(),
+                "sampler": state.sampler.state_dict(),
+                "sink": {problem_id: asdict(rollout) for problem_id, rollout in state.sink.items()},
+            },
+            folder / "trainer_state.pt",
+        )
+    for old in run.checkpoints()[: -config.keep_checkpoints]:
+        shutil.rmtree(old)
+
+
+def restore(state: State, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Set trainer state and optimizer to what the checkpoint holds; random numbers follow from seed and step."""
+    saved = torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True)
+    state.step = saved["step"]
+    optimizer.load_state_dict(saved["optimizer"])
+    state.sampler.load_state_dict(saved["sampler"])
+    state.sink = {problem_id: Rollout(**fields) for problem_id, fields in saved["sink"].items()}
+
+
+class Run:
+    """The folder of a run: config.json, metrics.jsonl, evaluations.jsonl, rollouts.jsonl, checkpoints/, plots/."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.folder = folder
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        self.track = start_tracker(config, folder)
+
+    def log_metrics(self, metrics: dict[str, float]) -> None:
+        self._append("metrics.jsonl", [metrics])
+        self.track(metrics, int(metrics["step"]))
+
+    def log_evaluation(self, step: int, result: Evaluation) -> None:
+        self._append("evaluations.jsonl", [{"step": step, **asdict(result)}])
+
+    def log_rollouts(self, step: int, groups: Sequence[Group]) -> None:
+        self._append("rollouts.jsonl", [
+            {"step": step, "problem_id": rollout.problem_id, "response": rollout.text, "reward": rollout.reward,
+             "reason": rollout.reason, "tokens": len(rollout.response_tokens), "finish_reason": rollout.finish_reason}
+            for group in groups for rollout in group.rollouts
+        ])
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after `step`: a resumed run does those steps again."""
+        for name in ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl"):
+            path = self.folder / name
+            kept = [line for line in read_lines(path) if line["step"] <= step]
+            if step == 0:
+                kept = []
+            beside = path.with_suffix(".rewound")
+            beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(beside, path)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        return read_lines(self.folder / "evaluations.jsonl")
+
+    def checkpoint(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f"step_{step:06d}"
+
+    def checkpoints(self) -> list[Path]:
+        return sorted((self.folder / "checkpoints").glob("step_*"))
+
+    def newest_checkpoint(self) -> Path | None:
+        return self.checkpoints()[-1] if self.checkpoints() else None
+
+    def _append(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
+        with (self.folder / name).open("a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a jsonl file of this run, without a last line that a kill cut short."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def start_tracker(config: Config, folder: Path) -> Callable[[dict[str, float], int], None]:
+    """Return what takes each step's metrics: a tracker, or nothing at all."""
+    if config.track == "none":
+        return lambda metrics, step: None
+    try:
+        if config.track == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(folder / "tensorboard"))
+
+            def write(metrics: dict[str, float], step: int) -> None:
+                for name, value in metrics.items():
+                    writer.add_scalar(name, value, step)
+                writer.flush()
+
+            return write
+        if config.track == "wandb":
+            import wandb as tracker
+        else:
+            import trackio as tracker
+    except ImportError as error:
+        raise DataError(f"track is {config.track}: not installed ({error}); pip install {config.track}") from error
+    session = tracker.init(project="polaris-mini", name=folder.name, config=asdict(config))
+    return lambda metrics, step: session.log(metrics, step=step)
+
+
+# ----------------------------------------------------------------- what a person sees
+
+
+class Clock:
+    """Seconds per phase of one step."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start
+
+
+class Interrupt:
+    """Ctrl-C while responses are generated drops the step; at any other time the step is finished first.
+
+    Either way the run is saved at a step's end. A second Ctrl-C ends the program at once, at the last checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._droppable = False
+        signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, *_: object) -> None:
+        if self.requested or self._droppable:
+            self.requested = True
+            raise KeyboardInterrupt
+        self.requested = True
+
+    @contextlib.contextmanager
+    def may_drop_step(self) -> Iterator[None]:
+        """Let Ctrl-C leave this block, in which nothing that a checkpoint holds changes."""
+        self._droppable = True
+        try:
+            yield
+        except KeyboardInterrupt:
+            pass
+        finally:
+            self._droppable = False
+
+
+def step_metrics(
+    config: Config, state: State, stage: Stage, groups: Sequence[Group], batch: Sequence[Group], update: Update,
+    clock: Clock,
+) -> dict[str, float]:
+    """Put a step into one line of metrics.jsonl. `groups` are as generated, `batch` is what was trained on."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    tokens = [len(rollout.response_tokens) for rollout in rollouts]
+    rates = [group.pass_rate for group in groups]
+    seconds = time.perf_counter() - clock.start
+    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_process_bytes()
+    return {
+        "step": state.step,
+        "stage": config.stage_number(state.step - 1),
+        "reward/mean": sum(rates) / len(rates),
+        "reward/solve_none": sum(rate == 0 for rate in rates) / len(rates),
+        "reward/solve_all": sum(rate == 1 for rate in rates) / len(rates),
+        "batch/informative": sum(group.informative for group in groups) / len(groups),
+        "batch/rescued": sum(rollout.rescued for group in batch for rollout in group.rollouts),
+        "batch/substituted": sum(group.weight - 1 for group in batch),
+        "response/tokens_mean": sum(tokens) / len(tokens),
+        "response/tokens_max": max(tokens),
+        "response/truncated": sum(rollout.truncated for rollout in rollouts) / len(rollouts),
+        "sampling/temperature": stage.temperature,
+        "diversity/distinct_4": sum(distinct_n([r.text for r in group.rollouts]) for group in groups) / len(groups),
+        "policy/entropy": update.entropy,
+        "policy/loss": update.loss,
+        "policy/clip_fraction": update.clip_fraction,
+        "mismatch/kl": update.mismatch_kl,
+        "mismatch/ratio_max": update.ratio_max,
+        "optim/grad_norm": update.grad_norm,
+        "optim/lr": config.lr,
+        "time/rollout": clock.seconds["rollout"],
+        "time/reward": clock.seconds["reward"],
+        "time/update": clock.seconds["update"],
+        "time/sync": clock.seconds["sync"],
+        "time/step": seconds,
+        "tokens/rollout": sum(tokens),
+        "tokens/per_second": sum(tokens) / clock.seconds["rollout"],
+        "memory/peak_gib": memory / 2**30,
+    }
+
+
+def peak_process_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Display:
+    """The terminal: one progress line per phase, one table row per step; plain lines where there is no terminal."""
+
+    COLUMNS = (  # title, metric, format
+        ("step", "step", ".0f"), ("stage", "stage", ".0f"), ("pass rate", "reward/mean", ".3f"),
+        ("informative", "batch/informative", ".2f"), ("tokens", "response/tokens_mean", ".0f"),
+        ("truncated", "response/truncated", ".2f"), ("entropy", "policy/entropy", ".3f"),
+        ("KL to sampler", "mismatch/kl", ".1e"), ("grad norm", "optim/grad_norm", ".3f"),
+        ("rollout s", "time/rollout", ".1f"), ("reward s", "time/reward", ".1f"), ("update s", "time/update", ".1f"),
+        ("held-out", "eval/avg_at_k", ".3f"),
+    )
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.rows = 0
+
+    def note(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    @contextlib.contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """Show a phase while it lasts. Yields what counts its progress: steps of `total`, or generated tokens."""
+        if not self.console.is_terminal:
+            yield lambda count: None
+            return
+        amount = [TokenColumn()] if total is None else [BarColumn(), MofNCompleteColumn()]
+        with Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), *amount, TimeElapsedColumn(), console=self.console,
+            transient=True,
+        ) as progress:
+            task = progress.add_task(name, total=total)
+            yield lambda count: progress.advance(task, count)
+
+    def row(self, metrics: dict[str, float]) -> None:
+        if self.rows % 20 == 0:
+            self.note("  ".join(title for title, _, _ in self.COLUMNS))
+        self.rows += 1
+        cells = [format(metrics[name], form) if name in metrics else "" for _, name, form in self.COLUMNS]
+        self.note("  ".join(cell.rjust(len(title)) for cell, (title, _, _) in zip(cells, self.COLUMNS, strict=True)))
+
+
+class TokenColumn(ProgressColumn):
+    """Tokens so far and tokens per second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.completed:,.0f} tokens, {task.speed or 0:,.0f}/s" if task.completed else "")
+
+
+def finish(world: World, config: Config, run: Run, display: Display, interrupted: bool) -> None:
+    """Say what came of the run: before and after, the plot, and what to do next."""
+    folder, checkpoint = run.folder, run.newest_checkpoint()
+    if interrupted:
+        display.note(f"stopped after step {world.state.step} of {config.total_steps}")
+        display.note(f"go on with: python train.py --resume {folder}")
+        return
+    evaluations = run.evaluations()
+    if evaluations:
+        first = evaluations[0]
+        table = Table(title=f"held-out pass rate, {first['problems']} problems x {first['k']} rollouts")
+        for title in ("", "step", "pass rate (avg@k)", "95 % interval", "pass@k", "tokens", "truncated"):
+            table.add_column(title)
+        for name, e in (("before", first), ("after", evaluations[-1])):
+            low, high = max(0.0, e["avg_at_k"] - e["interval"]), min(1.0, e["avg_at_k"] + e["interval"])
+            table.add_row(name, str(e["step"]), f"{e['avg_at_k']:.1%}", f"{low:.1%} to {high:.1%}",
+                          f"{e['pass_at_k']:.1%}", f"{e['tokens_mean']:.0f}", f"{e['truncated']:.1%}")
+        display.console.print(table)
+    display.note(f"plot        {draw(folder)}")
+    display.note(f"checkpoint  {checkpoint}  (AutoModelForCausalLM.from_pretrained reads it)")
+    display.note("try next")
+    display.note(f"  python train.py --resume {folder} --steps {2 * config.total_steps}    # train longer")
+    if config.preset == "toy":
+        display.note("  python train.py --no-rescue --no-substitute    # plain GRPO, for comparison")
+        display.note("  python train.py --temperature 1.4    # more diverse, less accurate rollouts")
+    else:
+        display.note(f"  python train.py plot {folder}    # draw the curves again")
+
+
+def draw(folder: Path) -> Path:
+    """Draw the run's curves into plots/run.png.
+
+    Raises: DataError if the folder has no metrics.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = read_lines(folder / "metrics.jsonl")
+    if not lines:
+        raise DataError(f"{folder}: no metrics.jsonl with a step in it; give the folder of a run")
+    evaluations = read_lines(folder / "evaluations.jsonl")
+    steps = [line["step"] for line in lines]
+    figure, axes = pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
+
+    def curves(axis: Any, title: str, **named: str) -> None:
+        for label, metric in named.items():
+            axis.plot(steps, [line[metric] for line in lines], label=label.replace("_", " "))
+        axis.set(title=title, xlabel="step")
+        axis.legend()
+
+    axis = axes[0, 0]
+    curves(axis, "pass rate", training_rollouts="reward/mean")
+    if evaluations:
+        when = [e["step"] for e in evaluations]
+        axis.errorbar(when, [e["avg_at_k"] for e in evaluations], yerr=[e["interval"] for e in evaluations],
+                      marker="o", capsize=3, label="held-out, 95 %")
+        axis.plot(when, [e["pass_at_k"] for e in evaluations], "--", label="held-out pass@k")
+    axis.set_ylim(0, 1)
+    axis.legend()
+    curves(axes[0, 1], "share of groups", none_correct="reward/solve_none", all_correct="reward/solve_all",
+           informative="batch/informative")
+    curves(axes[0, 2], "response tokens", mean="response/tokens_mean", longest="response/tokens_max")
+    curves(axes[1, 0], "diversity", distinct_4="diversity/distinct_4", entropy_in_nats="policy/entropy")
+    curves(axes[1, 1], "gradient and mismatch", gradient_norm="optim/grad_norm", KL_to_sampler="mismatch/kl")
+    axes[1, 1].set_yscale("log")
+    phases = ("rollout", "reward", "update", "sync")
+    axes[1, 2].stackplot(steps, *([line[f"time/{phase}"] for line in lines] for phase in phases), labels=phases)
+    axes[1, 2].set(title="seconds per step", xlabel="step")
+    axes[1, 2].legend()
+    for before, after in itertools.pairwise(lines):
+        if before["stage"] != after["stage"]:
+            for axis in axes.flat:
+                axis.axvline(after["step"] - 0.5, color="grey", linestyle=":")
+    path = folder / "plots" / "run.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
+# -------------------------------------------------------------------- the command line
+
+
+def read_config(arguments: Sequence[str]) -> Config:
+    """Make the configuration: the preset or the resumed run first, then the options over it."""
+    resume, preset = _option(arguments, "--resume"), _option(arguments, "--preset")
+    if resume is not None:
+        default = replace(saved_config(Path(resume)), resume=resume, run_dir=resume)
+    else:
+        if preset is None:
+            custom = any(_option(arguments, name) is not None for name in ("--model", "--data"))
+            preset = "recipe" if custom else "toy"
+        if preset not in PRESETS:
+            raise ValueError(f"preset is {preset}: give one of {', '.join(PRESETS)}")
+        default = PRESETS[preset]
+    return tyro.cli(Config, args=arguments, default=default, prog="train.py", description=__doc__)
+
+
+def _option(arguments: Sequence[str], name: str) -> str | None:
+    """Read one option ahead of the parser, because it decides about the others' defaults."""
+    for i, argument in enumerate(arguments):
+        if argument == name and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def saved_config(folder: Path) -> Config:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"resume is {folder}: there is no run in it (no config.json)")
+    fields = json.loads(path.read_text())
+    known = {f.name for f in dataclasses.fields(Config)}
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"resume is {folder}: its config.json has fields of another version: {', '.join(unknown)}")
+    return Config(**{**fields, "stages": tuple(Stage(**stage) for stage in fields["stages"])})
+
+
+def run_folder(config: Config) -> Path:
+    """Choose the folder of a new run, or the resumed one."""
+    if config.resume is not None:
+        return Path(config.resume)
+    folder = Path(config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"run_dir is {folder}: it exists already; go on with --resume {folder}, or give another")
+    return folder
+
+
+def main(arguments: Sequence[str]) -> None:
+    transformers_logging.disable_progress_bar()
+    display, interrupt = Display(), Interrupt()
+    if arguments[:1] == ["plot"]:
+        if len(arguments) != 2:
+            raise ValueError("plot needs one folder: python train.py plot RUN")
+        display.note(str(draw(Path(arguments[1]))))
+        return
+    config = read_config(arguments)
+    folder = run_folder(config)
+    run = Run(folder, config)
+    world = set_up(config, run, display)
+    with world.pool:
+        train(world, config, run, display, interrupt)
+        finish(world, config, run, display, interrupt.requested)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"train.py: {error}")
