@@ -575,11 +575,11 @@ TOY_TEMPLATE = (
 
 
 def toy_problems(count: int, seed: int) -> list[Problem]:
-    """Make different sums such as "12 + 3 + 17", of 2 to 8 terms from 1 to 20; the id is the text."""
+    """Make different sums such as "12 + 3 + 7", of 2 to 8 terms from 1 to 12; the id is the text."""
     rng = random.Random(f"toy problems {seed}")
     problems: dict[str, Problem] = {}
     while len(problems) < count:
-        terms = [rng.randint(1, 20) for _ in range(rng.randint(2, 8))]
+        terms = [rng.randint(1, 12) for _ in range(rng.randint(2, 8))]
         text = " + ".join(map(str, terms))
         problems[text] = Problem(text, text, (str(sum(terms)),))
     return list(problems.values())

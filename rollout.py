@@ -59,7 +59,7 @@ def load_model(
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model is {name}: it does not load: {_first_line(error)}") from error
-    return model.to(device)
+    return model.to(device)  # type: ignore[arg-type]
 
 
 def _check_folder(name: str, any_of: Sequence[str], what: str) -> None:
@@ -185,17 +185,18 @@ class HFEngine:
             logprobs = torch.log_softmax(head(hidden).float() / sampling.temperature, dim=-1)  # (B, V)
             tokens = torch.multinomial(_truncate(logprobs, sampling).exp(), 1, generator=generator)  # (B, 1)
             chosen = logprobs.gather(1, tokens)[:, 0].tolist()
-            for row, token, logprob in zip(rows, tokens[:, 0].tolist(), chosen, strict=True):
-                if responses[row].finish_reason == "length":
-                    responses[row].tokens.append(token)
-                    responses[row].sampler_logprobs.append(logprob)
             ended = torch.isin(tokens[:, 0], self.stop_tokens).tolist()
-            for row, end in zip(rows, ended, strict=True):
-                if end:
-                    responses[row].finish_reason = "stop"
-            running = [i for i, row in enumerate(rows) if responses[row].finish_reason == "length"]
+            grown = 0
+            for row, token, logprob, end in zip(rows, tokens[:, 0].tolist(), chosen, ended, strict=True):
+                response = responses[row]
+                if response.finish_reason == "length":  # not ended before
+                    response.tokens.append(token)
+                    response.sampler_logprobs.append(logprob)
+                    response.finish_reason = "stop" if end else "length"
+                    grown += 1
             if on_tokens is not None:
-                on_tokens(len(running))
+                on_tokens(grown)
+            running = [i for i, row in enumerate(rows) if responses[row].finish_reason == "length"]
             if not running:
                 break
             positions = positions[:, -1:] + 1

@@ -16,10 +16,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import inspect
 import itertools
 import json
-import math
 import os
 import random
 import resource
@@ -50,7 +50,7 @@ from transformers.utils import logging as transformers_logging
 from polaris_mini import (
     PRESETS, Config, Group, Problem, Rollout, Stage, advantages, distinct_n, mastered, policy_loss, rescue, substitute,
 )
-from reward import RewardPool
+from reward import RewardPool, check_answer
 from rollout import (
     Engine, Evaluation, HFEngine, ModelError, Sampling, autocast, causal_lm, evaluate, grade_groups, load_model,
     load_tokenizer, sample_groups,
@@ -111,7 +111,7 @@ def train(world: World, config: Config, run: Run, display: Display, interrupt: I
         metrics = step_metrics(config, state, stage, groups, batch, update, clock)
         if is_evaluation_step(config, state.step):
             metrics |= evaluate_policy(world, config, run, display, interrupt)
-        run.log_metrics(metrics)
+        run.log_metrics(state.step, metrics)
         display.row(metrics)
         if state.step % config.checkpoint_every == 0 or state.step == config.total_steps or interrupt.requested:
             save_checkpoint(world, config, run)
@@ -189,14 +189,14 @@ def evaluate_policy(
 
 @dataclass
 class Update:
-    """What one rollout batch did to the policy; means are over the response tokens that were forwarded."""
+    """What a rollout batch did to the policy: means over the response tokens that were forwarded, None without any."""
 
-    loss: float = math.nan
-    entropy: float = math.nan
-    clip_fraction: float = math.nan
-    mismatch_kl: float = math.nan
-    ratio_max: float = math.nan
-    grad_norm: float = 0.0
+    loss: float | None = None
+    entropy: float | None = None
+    clip_fraction: float | None = None
+    mismatch_kl: float | None = None
+    ratio_max: float | None = None
+    grad_norm: float | None = None
 
 
 def update_policy(
@@ -239,7 +239,8 @@ def update_policy(
             )  # (M,), (M,)
             row_loss = (loss * row.weights).sum() / tokens
             row_loss.backward()
-            difference = (old_logprobs - row.sampler_logprobs)[~row.rescued]  # trainer against sampler, same weights
+            # trainer against sampler, with the same weights; in float64, as the KL below is a difference of near equals
+            difference = (old_logprobs - row.sampler_logprobs)[~row.rescued].double()
             sums["tokens"] += len(loss)
             sums["sampled"] += len(difference)
             sums["loss"] += row_loss.item()
@@ -462,7 +463,7 @@ def set_up(config: Config, run: Run, display: Display) -> World:
     optimizer = make_optimizer(policy, config)
     if checkpoint is not None:
         restore(state, optimizer, checkpoint)
-    run.rewind(state.step)
+    run.start(config, state.step)
     state.scores.rewind(state.step)
     if warmup and checkpoint is None:
         encoded = [data.encode_example(e, tokenizer, suffix=config.prompt_suffix, examples=examples) for e in warmup]
@@ -490,11 +491,25 @@ def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
     if config.data == "toy":
         problems = data.toy_problems(TOY_PROBLEMS, config.seed)
     else:
-        problems = data.load_problems(config.data, skip_bad_rows=config.skip_bad_rows)
+        problems = load_problems(config.data, config.skip_bad_rows)
     if config.eval_data is not None:
-        evaluation = data.load_problems(config.eval_data, skip_bad_rows=config.skip_bad_rows)[: config.eval_problems]
-        return data.remove_overlap(problems, evaluation), evaluation
+        evaluation = load_problems(config.eval_data, config.skip_bad_rows)
+        return data.remove_overlap(problems, evaluation), evaluation[: config.eval_problems]
     return data.hold_out(problems, config.eval_problems, config.seed)
+
+
+def load_problems(source: str, skip_bad_rows: bool) -> list[Problem]:
+    """Load problems whose answers the grader can use.
+
+    Raises: DataError. With skip_bad_rows, unusable ones are left out.
+    """
+    problems = data.load_problems(source, skip_bad_rows=skip_bad_rows)
+    unusable = {p.id: reason for p in problems if (reason := check_answer(p.answers)) is not None}
+    if unusable and not skip_bad_rows:
+        problem_id, reason = next(iter(unusable.items()))
+        raise DataError(f"{source}: the answer of problem {problem_id} cannot be graded: {reason}; mend it, or leave "
+                        f"such rows out with --skip-bad-rows ({len(unusable)} of {len(problems)})")
+    return [problem for problem in problems if problem.id not in unusable]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -622,7 +637,7 @@ def shuffled_for_ever(count: int, seed: int) -> Iterator[int]:
 TOY_PROBLEMS = 6000
 TOY_ERROR_RATE = 0.25
 TOY_MODEL: dict[str, Any] = {
-    "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16,
     "intermediate_size": 384, "max_position_embeddings": 512, "tie_word_embeddings": True, "rope_theta": 10_000.0,
     "initializer_range": 0.05,
 }
@@ -643,6 +658,7 @@ def toy_model_folder(config: Config, training: Sequence[Problem], display: Displ
     folder = cache / f"toy-{name}"
     if folder.is_dir():
         return folder
+    display.note(f"warm start of the toy model: {config.warmup_steps} supervised steps, kept in {folder}")
     tokenizer = data.toy_tokenizer()
     torch.manual_seed(config.seed)
     model = Qwen3ForCausalLM(Qwen3Config(
@@ -712,15 +728,25 @@ def restore(state: State, optimizer: torch.optim.Optimizer, checkpoint: Path) ->
 class Run:
     """The folder of a run: config.json, metrics.jsonl, evaluations.jsonl, rollouts.jsonl, checkpoints/, plots/."""
 
-    def __init__(self, folder: Path, config: Config) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-        self.track = start_tracker(config, folder)
+        self.track: Callable[[dict[str, float], int], None] = lambda metrics, step: None
 
-    def log_metrics(self, metrics: dict[str, float]) -> None:
+    def start(self, config: Config, step: int) -> None:
+        """Make the folder, or in a resumed run forget what was logged after `step`: those steps come again."""
+        self.track = start_tracker(config, self.folder)
+        (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        for name in ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl"):
+            path = self.folder / name
+            kept = [line for line in read_lines(path) if line["step"] <= step and step > 0]
+            rewound = path.with_name(path.name + ".tmp")
+            rewound.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(rewound, path)
+
+    def log_metrics(self, step: int, metrics: dict[str, float | None]) -> None:
         self._append("metrics.jsonl", [metrics])
-        self.track(metrics, int(metrics["step"]))
+        self.track({name: value for name, value in metrics.items() if value is not None}, step)
 
     def log_evaluation(self, step: int, result: Evaluation) -> None:
         self._append("evaluations.jsonl", [{"step": step, **asdict(result)}])
@@ -731,17 +757,6 @@ class Run:
              "reason": rollout.reason, "tokens": len(rollout.response_tokens), "finish_reason": rollout.finish_reason}
             for group in groups for rollout in group.rollouts
         ])
-
-    def rewind(self, step: int) -> None:
-        """Forget what was logged after `step`: a resumed run does those steps again."""
-        for name in ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl"):
-            path = self.folder / name
-            kept = [line for line in read_lines(path) if line["step"] <= step]
-            if step == 0:
-                kept = []
-            beside = path.with_suffix(".rewound")
-            beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(beside, path)
 
     def evaluations(self) -> list[dict[str, Any]]:
         return read_lines(self.folder / "evaluations.jsonl")
@@ -783,10 +798,7 @@ def start_tracker(config: Config, folder: Path) -> Callable[[dict[str, float], i
                 writer.flush()
 
             return write
-        if config.track == "wandb":
-            import wandb as tracker
-        else:
-            import trackio as tracker
+        tracker = importlib.import_module(config.track)
     except ImportError as error:
         raise DataError(f"track is {config.track}: not installed ({error}); pip install {config.track}") from error
     session = tracker.init(project="polaris-mini", name=folder.name, config=asdict(config))
@@ -842,7 +854,7 @@ class Interrupt:
 def step_metrics(
     config: Config, state: State, stage: Stage, groups: Sequence[Group], batch: Sequence[Group], update: Update,
     clock: Clock,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Put a step into one line of metrics.jsonl. `groups` are as generated, `batch` is what was trained on."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     tokens = [len(rollout.response_tokens) for rollout in rollouts]
@@ -919,12 +931,15 @@ class Display:
             task = progress.add_task(name, total=total)
             yield lambda count: progress.advance(task, count)
 
-    def row(self, metrics: dict[str, float]) -> None:
+    def row(self, metrics: dict[str, float | None]) -> None:
         if self.rows % 20 == 0:
             self.note("  ".join(title for title, _, _ in self.COLUMNS))
         self.rows += 1
-        cells = [format(metrics[name], form) if name in metrics else "" for _, name, form in self.COLUMNS]
-        self.note("  ".join(cell.rjust(len(title)) for cell, (title, _, _) in zip(cells, self.COLUMNS, strict=True)))
+        cells = []
+        for title, name, form in self.COLUMNS:
+            value = metrics.get(name)
+            cells.append(("" if value is None else format(value, form)).rjust(len(title)))
+        self.note("  ".join(cells).rstrip())
 
 
 class TokenColumn(ProgressColumn):
@@ -1019,6 +1034,10 @@ def draw(folder: Path) -> Path:
 # -------------------------------------------------------------------- the command line
 
 
+class ConfigError(ValueError):
+    """A setting that cannot be; the message names the field, its value and what would be right."""
+
+
 def read_config(arguments: Sequence[str]) -> Config:
     """Make the configuration: the preset or the resumed run first, then the options over it."""
     resume, preset = _option(arguments, "--resume"), _option(arguments, "--preset")
@@ -1029,9 +1048,12 @@ def read_config(arguments: Sequence[str]) -> Config:
             custom = any(_option(arguments, name) is not None for name in ("--model", "--data"))
             preset = "recipe" if custom else "toy"
         if preset not in PRESETS:
-            raise ValueError(f"preset is {preset}: give one of {', '.join(PRESETS)}")
+            raise ConfigError(f"preset is {preset}: give one of {', '.join(PRESETS)}")
         default = PRESETS[preset]
-    return tyro.cli(Config, args=arguments, default=default, prog="train.py", description=__doc__)
+    try:
+        return tyro.cli(Config, args=arguments, default=default, prog="train.py", description=__doc__)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _option(arguments: Sequence[str], name: str) -> str | None:
@@ -1047,11 +1069,11 @@ def _option(arguments: Sequence[str], name: str) -> str | None:
 def saved_config(folder: Path) -> Config:
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"resume is {folder}: there is no run in it (no config.json)")
+        raise ConfigError(f"resume is {folder}: there is no run in it (no config.json)")
     fields = json.loads(path.read_text())
     known = {f.name for f in dataclasses.fields(Config)}
     if unknown := sorted(set(fields) - known):
-        raise ValueError(f"resume is {folder}: its config.json has fields of another version: {', '.join(unknown)}")
+        raise ConfigError(f"resume is {folder}: its config.json has fields of another version: {', '.join(unknown)}")
     return Config(**{**fields, "stages": tuple(Stage(**stage) for stage in fields["stages"])})
 
 
@@ -1061,29 +1083,34 @@ def run_folder(config: Config) -> Path:
         return Path(config.resume)
     folder = Path(config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"run_dir is {folder}: it exists already; go on with --resume {folder}, or give another")
+        raise ConfigError(f"run_dir is {folder}: it exists already; go on with --resume {folder}, or give another")
     return folder
 
 
 def main(arguments: Sequence[str]) -> None:
     transformers_logging.disable_progress_bar()
-    display, interrupt = Display(), Interrupt()
+    display = Display()
     if arguments[:1] == ["plot"]:
         if len(arguments) != 2:
-            raise ValueError("plot needs one folder: python train.py plot RUN")
+            raise ConfigError("plot needs one folder: python train.py plot RUN")
         display.note(str(draw(Path(arguments[1]))))
         return
     config = read_config(arguments)
     folder = run_folder(config)
-    run = Run(folder, config)
+    run = Run(folder)
     world = set_up(config, run, display)
+    interrupt = Interrupt()
     with world.pool:
         train(world, config, run, display, interrupt)
-        finish(world, config, run, display, interrupt.requested)
+    finish(world, config, run, display, interrupt.requested)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"train.py: {error}")
+    except (DataError, ModelError, ConfigError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("train.py: ended at once; --resume RUN goes on at the run's last checkpoint", file=sys.stderr)
+        sys.exit(130)

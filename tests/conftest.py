@@ -13,7 +13,7 @@ import train  # noqa: F401  registers the packed attention
 from polaris_mini import Rollout
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "intermediate_size": 64, "max_position_embeddings": 256, "eos_token_id": 1, "pad_token_id": 0,
+         "intermediate_size": 64, "max_position_embeddings": 256, "eos_token_id": 3, "pad_token_id": 0,
          "bos_token_id": None, "vocab_size": 50}
 
 
@@ -25,6 +25,7 @@ def tiny_model(kind: str, *, tied: bool, seed: int = 0) -> PreTrainedModel:
     }[kind]
     extra = {"head_dim": 8} if kind == "qwen3" else {}
     model = model_class(config_class(tie_word_embeddings=tied, **SIZES, **extra))
+    model.set_attn_implementation("packed")
     for parameter in model.parameters():  # far from the flat start, so that probabilities and norms matter
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model

@@ -1,12 +1,14 @@
 """The update against the plain way: padded sequences, full logits, autograd."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import random_rollouts, tiny_model
 
-from polaris_mini import Config, Rollout, policy_loss
-from train import pack, token_logprobs
+from polaris_mini import Config, Group, Problem, Rollout, policy_loss
+from train import add_lora, make_optimizer, pack, token_logprobs, update_policy
 
 T = 1.4
 
@@ -56,3 +58,156 @@ def test_gradient_equals_padded_full_logits(kind, tied, tokens_per_row, chunk):
         ((loss * row.weights).sum() / tokens).backward()
     error = (gradient(model) - expected).norm() / expected.norm()
     assert error < 1e-9
+
+
+def grouped(rollouts: list[Rollout], weights: list[int]) -> list[Group]:
+    """Groups of three with advantages already set."""
+    problem = Problem("p", "p", ("1",))
+    return [Group(problem, rollouts[i : i + 3], weights[i // 3]) for i in range(0, len(rollouts), 3)]
+
+
+def weights_after(config: Config, groups: list[Group], kind: str = "qwen3") -> torch.Tensor:
+    model = tiny_model(kind, tied=True)
+    optimizer = make_optimizer(model, config)
+    update_policy(model, optimizer, groups, T, config)
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_memory_settings_do_not_change_the_update(updates):
+    config = Config(lr=1e-2, optimizer="sgd", updates_per_batch=updates)
+    groups = grouped(random_rollouts(12), [1, 2, 1, 3])
+    expected = weights_after(config, groups)
+    for change in ({"tokens_per_micro_batch": 1}, {"tokens_per_micro_batch": 70}, {"logprob_chunk_tokens": 5}):
+        assert relative(weights_after(replace(config, **change), groups), expected) < 1e-6
+
+
+def test_substitute_weight_equals_real_copies():
+    """A group with weight 3 gives the update of the same group three times in the batch."""
+    config = Config(lr=1e-2, optimizer="sgd")
+    rollouts = random_rollouts(6)
+    copies = grouped(rollouts[:3] * 3 + rollouts[3:], [1, 1, 1, 1])
+    assert relative(weights_after(config, grouped(rollouts, [3, 1])), weights_after(config, copies)) < 1e-6
+
+
+def test_rollouts_without_advantage_count_in_the_mean_but_are_not_forwarded():
+    config = Config(lr=1e-2, optimizer="sgd", max_grad_norm=1e9)
+    rollouts = random_rollouts(6)
+    for rollout in rollouts[3:]:
+        rollout.advantage = 0.0
+    start = torch.nn.utils.parameters_to_vector(tiny_model("qwen3", tied=True).parameters()).detach()
+    alone = weights_after(config, grouped(rollouts[:3], [1])) - start
+    beside = weights_after(config, grouped(rollouts, [1, 1])) - start
+    tokens = [len(r.response_tokens) for r in rollouts]
+    decay = -config.lr * config.weight_decay * start
+    torch.testing.assert_close(beside - decay, (alone - decay) * (sum(tokens[:3]) / sum(tokens)), rtol=1e-2, atol=1e-6)
+    # the second group's tokens would be an index error in the model if they were forwarded
+    rollouts[4].response_tokens[0] = 10_000
+    assert torch.isfinite(weights_after(config, grouped(rollouts, [1, 1]))).all()
+
+
+def test_one_update_per_batch_has_ratio_one_and_more_have_not():
+    groups = grouped(random_rollouts(12), [1, 1, 1, 1])
+    for updates, moved in ((1, False), (4, True)):
+        model = tiny_model("qwen3", tied=True)
+        config = Config(lr=1.0, optimizer="sgd", updates_per_batch=updates)
+        update = update_policy(model, make_optimizer(model, config), groups, T, config)
+        assert (update.clip_fraction > 0) == moved
+
+
+def test_no_informative_group_means_no_update():
+    model = tiny_model("qwen3", tied=True)
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).clone()
+    config = Config(lr=1.0)
+    for groups in ([], grouped([replace(r, advantage=0.0) for r in random_rollouts(3)], [1])):
+        assert update_policy(model, make_optimizer(model, config), groups, T, config).loss is None
+    assert torch.equal(torch.nn.utils.parameters_to_vector(model.parameters()), before)
+
+
+def test_gradient_checkpointing_does_not_change_the_gradient():
+    rollouts = random_rollouts(6)
+    results = []
+    for checkpointing in (False, True):
+        model = tiny_model("qwen3", tied=True).double().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.set_attn_implementation("packed")
+        (row,) = pack([(r, 1) for r in rollouts], 10_000, torch.device("cpu"))
+        token_logprobs(model, row, T, Config())[0].sum().backward()
+        results.append(gradient(model))
+    assert relative(results[1], results[0]) < 1e-9
+
+
+def test_entropy_of_every_token():
+    model = tiny_model("llama", tied=False).double()
+    model.set_attn_implementation("packed")
+    rollouts = random_rollouts(3)
+    (row,) = pack([(r, 1) for r in rollouts], 10_000, torch.device("cpu"))
+    _, entropy = token_logprobs(model, row, T, Config(logprob_chunk_tokens=4))
+    hidden = model.model(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False,
+                         sequence_lengths=row.sequence_lengths).last_hidden_state[0, row.predicting]
+    expected = torch.distributions.Categorical(logits=model.lm_head(hidden) / T).entropy()
+    torch.testing.assert_close(entropy, expected)
+
+
+def test_pack_fills_rows_and_keeps_every_token_once():
+    rollouts = random_rollouts(50, longest=60)
+    rows = pack([(r, 1) for r in rollouts], 100, torch.device("cpu"))
+    assert all(sum(row.sequence_lengths) == row.input_ids.shape[1] <= 100 for row in rows)
+    assert sum(len(row.targets) for row in rows) == sum(len(r.response_tokens) for r in rollouts)
+    needed = sum(len(r.prompt_tokens) + len(r.response_tokens) - 1 for r in rollouts)
+    assert len(rows) <= needed / 100 * 1.15 + 1
+
+
+def test_packed_attention_refuses_a_forward_that_was_not_packed():
+    model = tiny_model("qwen3", tied=True)
+    model.set_attn_implementation("packed")
+    with pytest.raises(RuntimeError, match="sequence_lengths"):
+        model(input_ids=torch.tensor([[2, 3, 4]]))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "sgd"])
+def test_optimizer_lowers_the_loss(optimizer):
+    """Each optimizer raises the log-probs of a rollout with a positive advantage; state survives a save and a load."""
+    model = tiny_model("qwen2", tied=False)
+    model.set_attn_implementation("packed")
+    config = Config(optimizer=optimizer, lr=1.0 if optimizer == "sgd" else 1e-2)
+    rollout = replace(random_rollouts(1)[0], advantage=1.0)
+    (row,) = pack([(rollout, 1)], 1000, torch.device("cpu"))
+    optimizer_ = make_optimizer(model, config)
+    before = token_logprobs(model, row, T, config)[0].sum().item()
+    for _ in range(5):
+        update_policy(model, optimizer_, [Group(Problem("p", "p", ("1",)), [rollout])], T, config)
+    assert token_logprobs(model, row, T, config)[0].sum().item() > before + 0.1
+    again = make_optimizer(model, config)
+    again.load_state_dict(optimizer_.state_dict())
+    assert str(again.state_dict()["param_groups"]) == str(optimizer_.state_dict()["param_groups"])
+
+
+def test_adamw8bit_keeps_large_weights_state_in_8_bits():
+    model = torch.nn.Linear(128, 128, bias=False)
+    optimizer = make_optimizer(model, Config(optimizer="adamw8bit"))
+    model(torch.ones(1, 128)).sum().backward()
+    optimizer.step()
+    assert optimizer.state[model.weight]["state1"].dtype == torch.uint8
+
+
+def test_lora_trains_the_adapters_only_and_no_head():
+    from peft import PeftModel
+
+    model = tiny_model("qwen3", tied=True)
+    base = {name: p.clone() for name, p in model.named_parameters()}
+    config = Config(lora_rank=4, lr=1e-2)
+    policy = add_lora(model, config, None)
+    assert isinstance(policy, PeftModel)
+    trained = [name for name, p in policy.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 7 * 2  # A and B of seven linear layers in two blocks
+    model.set_attn_implementation("packed")
+    update_policy(policy, make_optimizer(policy, config), grouped(random_rollouts(6), [1, 1]), T, config)
+    assert any(p.abs().max() > 0 for name, p in policy.named_parameters() if "lora_B" in name)
+    after = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if "lora" not in name}
+    assert all(torch.equal(after[name], base[name]) for name in base)

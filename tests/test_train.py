@@ -1,0 +1,325 @@
+"""The whole loop on a miniature of the toy world: files, resume, interrupts, bad input, LoRA, warm start."""
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import data
+import train
+from polaris_mini import PRESETS, Config
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--warmup-steps", "30", "--prompts-per-step", "8", "--group-size", "4", "--max-response-tokens", "40",
+         "--eval-problems", "8", "--eval-rollouts", "2", "--eval-every", "2", "--checkpoint-every", "2"]
+METRICS = [
+    "step", "stage", "reward/mean", "reward/solve_none", "reward/solve_all", "batch/informative", "batch/rescued",
+    "batch/substituted", "response/tokens_mean", "response/tokens_max", "response/truncated", "sampling/temperature",
+    "diversity/distinct_4", "policy/entropy", "policy/loss", "policy/clip_fraction", "mismatch/kl",
+    "mismatch/ratio_max", "optim/grad_norm", "optim/lr", "time/rollout", "time/reward", "time/update", "time/sync",
+    "time/step", "tokens/rollout", "tokens/per_second", "memory/peak_gib",
+]
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    return {**os.environ, "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="session")
+def run_train(environment):
+    def call(*arguments: object, script: str = "train.py") -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def finished(run_train, tmp_path_factory) -> Path:
+    """Five steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    result = run_train(*SMALL, "--steps", 5, "--run-dir", folder)
+    assert result.returncode == 0, result.stderr
+    assert "before" in result.stdout
+    assert "--resume" in result.stdout
+    return folder
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / f"step_{step:06d}").state_dict()
+
+
+def assert_same_run(one: Path, other: Path, step: int) -> None:
+    """Same weights to the last bit, same rollouts, same scores, same metrics but for times and memory."""
+    a, b = weights(one, step), weights(other, step)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for name in ("rollouts.jsonl", "scores.jsonl", "evaluations.jsonl"):
+        assert lines(one / name) == lines(other / name), name
+    measured = ("time/", "memory/", "tokens/per_second")
+    for x, y in zip(lines(one / "metrics.jsonl"), lines(other / "metrics.jsonl"), strict=True):
+        assert {k: v for k, v in x.items() if not k.startswith(measured)} == {
+            k: v for k, v in y.items() if not k.startswith(measured)}
+
+
+# ------------------------------------------------------------------ the run's folder
+
+
+def test_run_folder_holds_what_the_readme_says(finished):
+    metrics = lines(finished / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5]
+    for m in metrics:
+        evaluated = ["eval/avg_at_k", "eval/pass_at_k"] if m["step"] in (2, 4, 5) else []
+        assert list(m) == METRICS + evaluated
+    assert [e["step"] for e in lines(finished / "evaluations.jsonl")] == [0, 2, 4, 5]
+    rollouts = lines(finished / "rollouts.jsonl")
+    assert len(rollouts) == 5 * 8 * 4
+    assert set(rollouts[0]) == {"step", "problem_id", "response", "reward", "reason", "tokens", "finish_reason"}
+    for m in metrics:
+        rewards = [r["reward"] for r in rollouts if r["step"] == m["step"]]
+        assert m["reward/mean"] == pytest.approx(sum(rewards) / len(rewards))
+    assert len(lines(finished / "scores.jsonl")) == 5 * 8
+    assert json.loads((finished / "config.json").read_text())["stages"][0]["steps"] == 5
+    assert (finished / "plots" / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step_000004", "step_000005"]
+
+
+def test_every_metric_is_defined_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for name in [*METRICS, "eval/avg_at_k", "eval/pass_at_k"]:
+        assert f"| `{name}` |" in readme, name
+
+
+def test_checkpoint_is_a_hugging_face_model(finished):
+    folder = finished / "checkpoints" / "step_000005"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "1 + 2"}], add_generation_prompt=True,
+                                           return_tensors="pt", return_dict=True)
+    assert model.generate(**prompt, max_new_tokens=5, do_sample=False).shape[1] <= prompt["input_ids"].shape[1] + 5
+
+
+def test_plot_command_draws_again(finished, run_train, tmp_path):
+    (finished / "plots" / "run.png").unlink()
+    assert run_train("plot", finished).returncode == 0
+    assert (finished / "plots" / "run.png").exists()
+    result = run_train("plot", tmp_path)
+    assert result.returncode == 2
+    assert "no metrics.jsonl" in result.stderr
+
+
+# ------------------------------------------------------------------------- resume
+
+
+def start(arguments: list[object], environment: dict[str, str]) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    path = folder / "metrics.jsonl"
+    while process.poll() is None and (not path.exists() or len(path.read_text().splitlines()) < step):
+        time.sleep(0.02)
+
+
+def test_killed_run_resumes_bit_identical(finished, environment, run_train, tmp_path):
+    """Killed without warning after step 3 of 5: step 3 is repeated from the checkpoint of step 2."""
+    folder = tmp_path / "killed"
+    process = start([*SMALL, "--steps", 5, "--run-dir", folder], environment)
+    wait_for_step(folder, 3, process)
+    process.kill()
+    process.communicate()
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) < 5
+    result = run_train("--resume", folder)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(finished, folder, 5)
+
+
+def test_interrupted_run_saves_and_says_how_to_go_on(finished, environment, run_train, tmp_path):
+    folder = tmp_path / "interrupted"
+    process = start([*SMALL, "--steps", 5, "--run-dir", folder], environment)
+    wait_for_step(folder, 1, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert f"python train.py --resume {folder}" in out
+    done = len(lines(folder / "metrics.jsonl"))
+    assert 1 <= done < 5
+    assert (folder / "checkpoints" / f"step_{done:06d}").is_dir()
+    assert run_train("--resume", folder).returncode == 0
+    assert_same_run(finished, folder, 5)
+
+
+def test_longer_training_of_a_finished_run(finished, run_train, tmp_path):
+    folder = tmp_path / "longer"
+    shutil.copytree(finished, folder)
+    result = run_train("--resume", folder, "--steps", 6)
+    assert result.returncode == 0, result.stderr
+    assert [m["step"] for m in lines(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_log_lines_after_the_checkpoint_are_dropped_and_a_cut_line_too(finished, run_train, tmp_path):
+    folder = tmp_path / "cut"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "checkpoints" / "step_000005")
+    for name in ("metrics.jsonl", "rollouts.jsonl", "scores.jsonl"):
+        with (folder / name).open("a") as file:
+            file.write('{"step": 5, "id": "cut o')
+    result = run_train("--resume", folder)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(finished, folder, 5)
+
+
+def test_switched_off_mechanisms_do_nothing(run_train, tmp_path):
+    folder = tmp_path / "plain"
+    result = run_train(*SMALL, "--steps", 2, "--no-rescue", "--no-substitute", "--run-dir", folder)
+    assert result.returncode == 0, result.stderr
+    assert all(m["batch/rescued"] == m["batch/substituted"] == 0 for m in lines(folder / "metrics.jsonl"))
+
+
+# ------------------------------------------------------------ the data of the toy world
+
+
+def test_toy_training_and_held_out_problems_are_disjoint():
+    for seed in range(3):
+        training, evaluation = train.load_data(Config(seed=seed))
+        assert not {p.text for p in training} & {p.text for p in evaluation}
+        assert len(evaluation) == 128
+
+
+def test_toy_warm_start_sees_training_problems_only(environment, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", environment["XDG_CACHE_HOME"])
+    seen: list[str] = []
+    real = data.encode_example
+
+    def spy(example, tokenizer, **options):
+        seen.append(example.problem)
+        return real(example, tokenizer, **options)
+
+    monkeypatch.setattr(data, "encode_example", spy)
+    config = Config(**{**vars(PRESETS["toy"]), "warmup_steps": 3, "seed": 11})
+    training, evaluation = train.load_data(config)
+    train.toy_model_folder(config, training, train.Display())
+    assert len(seen) == 3 * config.warmup_batch
+    assert not set(seen) & {p.text for p in evaluation}
+
+
+# ------------------------------------------------------------------- other real input
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory, finished) -> Path:
+    """A checkpoint as somebody else's model, without a chat template."""
+    folder = tmp_path_factory.mktemp("models") / "base"
+    source = finished / "checkpoints" / "step_000005"
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sums(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    rows = [{"problem": p.text, "answer": p.answers[0]} for p in data.toy_problems(60, seed=5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_base_model_with_warm_start_examples_lora_and_8_bit_adam(base_model, sums, run_train, tmp_path):
+    worked = tmp_path / "worked.jsonl"
+    rng = random.Random(0)
+    rows = [{"problem": p.text, "response": data.toy_response(p, 0.0, rng)} for p in data.toy_problems(20, seed=6)]
+    worked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "lora"
+    options = ["--model", base_model, "--data", sums, *SMALL, "--prompt-suffix", "", "--warmup", worked,
+               "--prompt-examples", worked, "--lora-rank", 4, "--optimizer", "adamw8bit", "--max-prompt-tokens", 2000,
+               "--warmup-steps", 3, "--updates-per-batch", 2, "--run-dir", folder]
+    result = run_train(*options, "--steps", 2, "--gradient-checkpointing")
+    assert result.returncode == 0, result.stderr
+    assert (folder / "checkpoints" / "step_000002" / "adapter_model.safetensors").is_file()
+    model = AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "step_000002")
+    assert any("lora_A" in name for name, _ in model.named_parameters())
+    result = run_train("--resume", folder, "--steps", 3)
+    assert result.returncode == 0, result.stderr
+    straight = tmp_path / "straight"
+    assert run_train(*options[:-1], straight, "--steps", 3, "--gradient-checkpointing").returncode == 0
+    assert_same_run(straight, folder, 3)
+
+
+def test_parquet_in_verl_layout_trains(base_model, run_train, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"prompt": [{"role": "user", "content": p.text}], "reward_model": {"ground_truth": p.answers[0]},
+             "extra_info": {"index": i}} for i, p in enumerate(data.toy_problems(40, seed=5))]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "verl.parquet")
+    result = run_train("--model", base_model, "--data", tmp_path / "verl.parquet", *SMALL, "--steps", 1,
+                       "--optimizer", "sgd", "--run-dir", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    assert {r["problem_id"] for r in lines(tmp_path / "run" / "rollouts.jsonl")} <= {str(i) for i in range(40)}
+
+
+# ---------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--group-size", "1"], "group_size is 1: give at least 2"),
+        (["--temperature", "0"], "temperature is 0.0: give a value above 0"),
+        (["--steps", "0"], "steps is 0: give at least 1"),
+        (["--preset", "tyo"], "preset is tyo: give one of recipe, toy"),
+        (["--temprature", "1"], "--temperature"),
+        (["--optimizer", "adam"], "adamw8bit"),
+        (["--data", "nowhere.jsonl"], "model is toy, data is nowhere.jsonl"),
+        (["--model", "MODEL", "--data", "nowhere.jsonl"], "there is no such file"),
+        (["--model", "MODEL", "--data", "FOLDER/empty.jsonl"], "is empty"),
+        (["--model", "MODEL", "--data", "FOLDER/broken.jsonl"], "broken.jsonl, line 2: not JSON"),
+        (["--model", "MODEL", "--data", "FOLDER/ungradable.jsonl"], "the answer of problem 2 cannot be graded"),
+        (["--model", "FOLDER", "--data", "SUMS", "--prompts-per-step", "8", "--eval-problems", "8"],
+         "the folder has no tokenizer"),
+        (["--model", "FOLDER/nowhere", "--data", "SUMS", "--prompts-per-step", "8", "--eval-problems", "8"],
+         "no such folder"),
+        (["--model", "MODEL", "--data", "SUMS", "--eval-problems", "8"], "prompts_per_step is 128, but there are 52"),
+        (["--model", "MODEL", "--data", "SUMS", "--prompts-per-step", "8", "--eval-problems", "8",
+          "--max-prompt-tokens", "3"], "--max-prompt-tokens"),
+        (["--engine", "vllm"], "engine is vllm"),
+        (["--device", "cuda:99x"], "device is cuda:99x"),
+        (["--resume", "FOLDER"], "there is no run in it"),
+        (["--run-dir", "FOLDER"], "it exists already; go on with --resume"),
+    ],
+)
+def test_bad_input_ends_in_one_line(options, expected, base_model, sums, run_train, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"problem": "1 + 1", "answer": "2"}\n{"problem": \n')
+    (tmp_path / "ungradable.jsonl").write_text('{"id": "1", "problem": "a", "answer": "1"}\n'
+                                               '{"id": "2", "problem": "b", "answer": "$$"}\n')
+    places = {"MODEL": str(base_model), "FOLDER": str(tmp_path), "SUMS": str(sums)}
+    filled = []
+    for option in options:
+        for name, place in places.items():
+            option = option.replace(name, place)
+        filled.append(option)
+    before = sorted(tmp_path.iterdir())
+    run_dir = [] if "--run-dir" in options else ["--run-dir", str(tmp_path / "run")]
+    result = run_train(*filled, *run_dir)
+    shown = " ".join(result.stderr.replace("│", " ").split())  # tyro draws a box and wraps lines
+    assert result.returncode == 2, result.stderr
+    assert expected in shown
+    assert "Traceback" not in result.stderr
+    assert sorted(tmp_path.iterdir()) == before  # a corrected command may use the same --run-dir
