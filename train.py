@@ -462,7 +462,7 @@ def set_up(config: Config, run: Run, display: Display) -> World:
     state = State(0, ProblemSampler(training, config.seed), ScoreLog(run.folder / "scores.jsonl"))
     optimizer = make_optimizer(policy, config)
     if checkpoint is not None:
-        restore(state, optimizer, checkpoint)
+        restore(state, optimizer, checkpoint, config)
     run.start(config, state.step)
     state.scores.rewind(state.step)
     if warmup and checkpoint is None:
@@ -716,11 +716,13 @@ def save_checkpoint(world: World, config: Config, run: Run) -> None:
         shutil.rmtree(old)
 
 
-def restore(state: State, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+def restore(state: State, optimizer: torch.optim.Optimizer, checkpoint: Path, config: Config) -> None:
     """Set trainer state and optimizer to what the checkpoint holds; random numbers follow from seed and step."""
     saved = torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True)
     state.step = saved["step"]
     optimizer.load_state_dict(saved["optimizer"])
+    for parameters in optimizer.param_groups:  # the state's own values would win over a new --lr
+        parameters.update(lr=config.lr, weight_decay=config.weight_decay)
     state.sampler.load_state_dict(saved["sampler"])
     state.sink = {problem_id: Rollout(**fields) for problem_id, fields in saved["sink"].items()}
 
@@ -739,9 +741,9 @@ class Run:
         (self.folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
         for name in ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl"):
             path = self.folder / name
-            kept = [line for line in read_lines(path) if line["step"] <= step and step > 0]
             rewound = path.with_name(path.name + ".tmp")
-            rewound.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            with rewound.open("w") as file:
+                file.writelines(json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step != 0)
             os.replace(rewound, path)
 
     def log_metrics(self, step: int, metrics: dict[str, float | None]) -> None:
@@ -758,9 +760,6 @@ class Run:
             for group in groups for rollout in group.rollouts
         ])
 
-    def evaluations(self) -> list[dict[str, Any]]:
-        return read_lines(self.folder / "evaluations.jsonl")
-
     def checkpoint(self, step: int) -> Path:
         return self.folder / "checkpoints" / f"step_{step:06d}"
 
@@ -775,11 +774,11 @@ class Run:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Read a jsonl file of this run, without a last line that a kill cut short."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    if path.exists():
+        with path.open() as file:
+            yield from (json.loads(line) for line in file if line.endswith("\n"))
 
 
 def start_tracker(config: Config, folder: Path) -> Callable[[dict[str, float], int], None]:
@@ -956,7 +955,7 @@ def finish(world: World, config: Config, run: Run, display: Display, interrupted
         display.note(f"stopped after step {world.state.step} of {config.total_steps}")
         display.note(f"go on with: python train.py --resume {folder}")
         return
-    evaluations = run.evaluations()
+    evaluations = list(read_lines(folder / "evaluations.jsonl"))
     if evaluations:
         first = evaluations[0]
         table = Table(title=f"held-out pass rate, {first['problems']} problems x {first['k']} rollouts")
@@ -988,10 +987,10 @@ def draw(folder: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = read_lines(folder / "metrics.jsonl")
+    lines = list(read_lines(folder / "metrics.jsonl"))
     if not lines:
         raise DataError(f"{folder}: no metrics.jsonl with a step in it; give the folder of a run")
-    evaluations = read_lines(folder / "evaluations.jsonl")
+    evaluations = list(read_lines(folder / "evaluations.jsonl"))
     steps = [line["step"] for line in lines]
     figure, axes = pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
 

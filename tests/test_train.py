@@ -64,12 +64,17 @@ def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / f"step_{step:06d}").state_dict()
 
 
-def assert_same_run(one: Path, other: Path, step: int) -> None:
-    """Same weights to the last bit, same rollouts, same scores, same metrics but for times and memory."""
+def assert_same_training(one: Path, other: Path, step: int) -> None:
     a, b = weights(one, step), weights(other, step)
     assert all(torch.equal(a[name], b[name]) for name in a)
-    for name in ("rollouts.jsonl", "scores.jsonl", "evaluations.jsonl"):
+    for name in ("rollouts.jsonl", "scores.jsonl"):
         assert lines(one / name) == lines(other / name), name
+
+
+def assert_same_run(one: Path, other: Path, step: int) -> None:
+    """Same weights to the last bit, same rollouts, same scores, same metrics but for times and memory."""
+    assert_same_training(one, other, step)
+    assert lines(one / "evaluations.jsonl") == lines(other / "evaluations.jsonl")
     measured = ("time/", "memory/", "tokens/per_second")
     for x, y in zip(lines(one / "metrics.jsonl"), lines(other / "metrics.jsonl"), strict=True):
         assert {k: v for k, v in x.items() if not k.startswith(measured)} == {
@@ -160,15 +165,17 @@ def test_interrupted_run_saves_and_says_how_to_go_on(finished, environment, run_
     assert 1 <= done < 5
     assert (folder / "checkpoints" / f"step_{done:06d}").is_dir()
     assert run_train("--resume", folder).returncode == 0
-    assert_same_run(finished, folder, 5)
+    assert_same_training(finished, folder, 5)  # an evaluation may have been dropped
 
 
 def test_longer_training_of_a_finished_run(finished, run_train, tmp_path):
     folder = tmp_path / "longer"
     shutil.copytree(finished, folder)
-    result = run_train("--resume", folder, "--steps", 6)
+    result = run_train("--resume", folder, "--steps", 6, "--lr", 5e-5)
     assert result.returncode == 0, result.stderr
     assert [m["step"] for m in lines(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    state = torch.load(folder / "checkpoints" / "step_000006" / "trainer_state.pt", weights_only=True)
+    assert state["optimizer"]["param_groups"][0]["lr"] == 5e-5  # a new --lr is obeyed
 
 
 def test_log_lines_after_the_checkpoint_are_dropped_and_a_cut_line_too(finished, run_train, tmp_path):
@@ -183,10 +190,12 @@ def test_log_lines_after_the_checkpoint_are_dropped_and_a_cut_line_too(finished,
     assert_same_run(finished, folder, 5)
 
 
-def test_switched_off_mechanisms_do_nothing(run_train, tmp_path):
+def test_switched_off_mechanisms_do_nothing_and_a_tracker_listens(run_train, tmp_path):
     folder = tmp_path / "plain"
-    result = run_train(*SMALL, "--steps", 2, "--no-rescue", "--no-substitute", "--run-dir", folder)
+    result = run_train(*SMALL, "--steps", 2, "--no-rescue", "--no-substitute", "--track", "tensorboard",
+                       "--run-dir", folder)
     assert result.returncode == 0, result.stderr
+    assert list((folder / "tensorboard").glob("events*"))
     assert all(m["batch/rescued"] == m["batch/substituted"] == 0 for m in lines(folder / "metrics.jsonl"))
 
 
