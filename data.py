@@ -42,12 +42,16 @@ class DataError(ValueError):
 # ----------------------------------------------------------------- loading problems
 
 
-def load_problems(source: str, *, skip_bad_rows: bool = False) -> list[Problem]:
+def load_problems(
+    source: str, *, check_answers: Callable[[Sequence[str]], str | None] = lambda answers: None,
+    skip_bad_rows: bool = False,
+) -> list[Problem]:
     """Load the problems of a jsonl, json or parquet file, or of a hub data set (`owner/name`, `owner/name:split`).
 
     Two layouts are known: columns `problem` (or `question`) and `answer` (or `answers`), with optional `id` or `index`
     and `pass_rate` or `difficulty` ("3/8"); and verl's `prompt`, `reward_model.ground_truth`, `extra_info.index`.
-    A row without an id gets one from its text, so that it keeps it when the file is sorted or cut.
+    A row without an id gets one from its text, so that it keeps it when the file is sorted or cut. `check_answers` says
+    why answers cannot be graded, or None.
 
     Raises: DataError. With skip_bad_rows, unusable rows are left out and counted on stderr.
     """
@@ -60,6 +64,8 @@ def load_problems(source: str, *, skip_bad_rows: bool = False) -> list[Problem]:
             raise DataError(f"{place}: id is {problem.id}, as in {places[problem.id]}: "
                             "make the ids (or, where none are given, the problem texts) unique")
         places[problem.id] = place
+        if (fault := check_answers(problem.answers)) is not None:
+            raise DataError(f"{place}: {fault}")
         return problem
 
     return _convert_all(_rows(source), convert, source, skip_bad_rows)
@@ -144,14 +150,14 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, object]]:
             if line.strip():
                 try:
                     yield place, json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     yield place, DataError(f"{place}: not JSON ({error}): write one object per line")
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, object]]:
     try:
         rows = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error}): rename it to .jsonl if it has one object per line") from error
     if not isinstance(rows, list):
         raise DataError(f"{path}: holds {_shown(rows)}: give a list of objects")
@@ -241,7 +247,9 @@ def _answers(truth: object, place: str) -> tuple[str, ...]:
 
 def _as_text(value: object, field: str) -> str:
     """Write an answer or id as text: 142.0 is "142" (the release's AMC file has floats), 0.5 is "0.5"."""
-    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, (float, Decimal)) and math.isfinite(value):
         return str(int(value) if value == int(value) else value)
     if _is_text(value):
         return value.strip()
@@ -455,15 +463,15 @@ class ProblemSampler:
         self._epoch, start = self._next_start(count)
         self._position = start + count
 
-    def remove(self, ids: Collection[str]) -> None:
-        """Drop problems for good, and start a new epoch over those that are left."""
+    def remove(self, ids: Collection[str], *, at_least: int) -> bool:
+        """Drop problems for good and start a new epoch over the others; False, and no change, if too few are left."""
+        if sum(problem.id not in ids for problem in self._left()) < at_least:
+            return False
         dropped = {problem.id for problem in self._left()} & set(ids)
-        if len(dropped) == len(self):
-            raise DataError(f"all {len(self)} problems left are mastered: end here, give harder --data or raise "
-                            "--mastered-above")
         if dropped:
             self._removed |= dropped
             self._epoch, self._position = self._epoch + 1, 0
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, as JSON can hold it."""

@@ -97,7 +97,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run. The defaults are the published recipe; presets scale it to other worlds."""
+    """Every setting of a run. The defaults are the released training values, in one stage; presets change them."""
 
     preset: Literal["toy", "recipe"] = "recipe"
     """Where the defaults come from: toy (tiny model, made-up sums, minutes on a CPU) or recipe (POLARIS's values)."""
@@ -128,19 +128,19 @@ class Config:
     max_prompt_tokens: int = 1024
     """Longest prompt in tokens. Source: release (1024)."""
     eval_data: str | None = None
-    """Problems for the evaluation. Default: eval_problems of them are held out from the training data."""
+    """Problems for the evaluation, all of them. Default: eval_problems are held out from the training data."""
     eval_problems: int = 128
-    """Problems in the evaluation."""
+    """Problems to hold out from the training data, unless eval_data is given."""
     eval_rollouts: int = 8
     """Rollouts per problem in the evaluation: k of avg@k and pass@k."""
     eval_every: int = 0
-    """Steps between evaluations; 0: before the first and after the last step only; -1: never."""
+    """Steps between evaluations; 0: before the first and after the last step only; -1: never (nothing is held out)."""
     eval_temperature: float | None = None
     """Sampling temperature of the evaluation. Default: the first stage's."""
 
     # the stages
     stages: tuple[Stage, ...] = (Stage(),)
-    """What changes over time: temperature and length limit."""
+    """What changes over time, each as STEPS:TEMPERATURE:MAX_RESPONSE_TOKENS: 450:1.4:39936 150:1.45:48128."""
     steps: int | None = None
     """Total steps: cuts the stages short, or extends the last one."""
     temperature: float | None = None
@@ -150,13 +150,13 @@ class Config:
 
     # sampling
     engine: Literal["auto", "hf", "vllm"] = "auto"
-    """What generates. hf: the policy's own weights, by PyTorch. vllm: not there yet. auto: the fastest there is."""
+    """What generates. hf: the policy's own weights, by PyTorch. vllm: not in this version. auto: hf."""
     prompts_per_step: int = 128
     """P, problems in a rollout batch. Source: release (128); its author uses 32 to 64 on small machines (#4, #18)."""
     group_size: int = 8
     """G, rollouts per problem. Source: release (8)."""
     rollouts_per_batch: int = 256
-    """Responses that the hf engine generates side by side. Memory and speed only."""
+    """Responses that the hf engine generates side by side: memory and speed. Another number draws other responses."""
 
     # the reward
     require_think: bool = True
@@ -180,9 +180,9 @@ class Config:
     clip_low: float = 0.2
     """The ratio is clipped from below at 1 - clip_low. Source: release (0.2)."""
     clip_high: float = 0.28
-    """The ratio is clipped from above at 1 + clip_high. Source: release (0.28), DAPO (arXiv 2503.14476)."""
+    """The ratio is clipped from above at 1 + clip_high; inf: off. Source: release (0.28), DAPO (arXiv 2503.14476)."""
     dual_clip: float = 3.0
-    """A token with negative advantage loses at most dual_clip x |advantage|. Source: release (3), arXiv 1912.09729."""
+    """A token with negative advantage loses at most dual_clip x |advantage|; inf: off. Source: release (3)."""
     updates_per_batch: int = 1
     """Optimizer steps per rollout batch, each on its share of the groups. With 1 the ratio is exactly 1."""
 

@@ -262,6 +262,8 @@ def _work(timeout: float, memory_gb: float) -> None:
 def _read_rows(path: str) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             field = "answer" if isinstance(row.get("response"), str) else "response"

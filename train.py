@@ -1,7 +1,7 @@
 """Train a reasoning model with POLARIS: rollouts, rewards, rescue, substitution, advantages, one clipped update.
 
     python train.py                                        # the toy world: a tiny model learns sums, on any machine
-    python train.py --model Qwen/Qwen3-1.7B --data problems.jsonl --max-response-tokens 8192 --lora-rank 32
+    python train.py --model Qwen/Qwen3-1.7B --data problems.jsonl --lora-rank 32 --lr 1e-5
     python train.py --resume runs/NAME [--steps 200]       # go on where a run stopped
     python train.py plot runs/NAME                         # draw its curves again
     python train.py --help                                 # every setting, with its source
@@ -9,12 +9,11 @@
 Read `train` first: it is the algorithm, one banner per step. Below it, in this order: the update (packing, log-probs,
 gradient), the policy (loading, LoRA, optimizers, warm start), checkpoints, and what a person sees while it runs.
 
-Left out: several GPUs, critics, KL and entropy terms, asynchronous rollouts. Memory settings never change the result.
+Left out: several GPUs, critics, KL and entropy terms, asynchronous rollouts.
 """
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import importlib
 import inspect
@@ -59,31 +58,31 @@ from rollout import (
 # ---------------------------------------------------------------------------- the loop
 
 
-def train(world: World, config: Config, run: Run, display: Display, interrupt: Interrupt) -> None:
+def train(setup: Setup, config: Config, run: Run, display: Display, interrupt: Interrupt) -> None:
     """Run every step that is still to do."""
-    state = world.state
-    if state.step == 0:
-        evaluate_policy(world, config, run, display, interrupt)
+    state = setup.state
+    if is_evaluation_step(config, state.step) and not run.has_evaluation(state.step):
+        evaluate_policy(setup, config, run, display, interrupt)
 
     while (stage := config.stage_at(state.step)) and not interrupt.requested:
         rng = random.Random(f"{config.seed}:{state.step}")  # all chance comes from seed and step: nothing to restore
         clock = Clock()
 
         # 0. STAGE       temperature and length grow; mastered problems leave
-        enter_stage(world, config, display)
+        enter_stage(setup, config, display)
 
         # 1. ROLLOUT     G responses to each of P problems, at the stage's temperature
         problems = state.sampler.peek(config.prompts_per_step)
         sampling = Sampling(stage.temperature, stage.max_response_tokens, seed=rng.getrandbits(63))
         with interrupt.may_drop_step(), clock("rollout"), display.phase("rollout") as on_tokens:
-            groups = sample_groups(world.engine, world.tokenizer, problems, config.group_size, sampling, on_tokens)
+            groups = sample_groups(setup.engine, setup.tokenizer, problems, config.group_size, sampling, on_tokens)
         if interrupt.requested:
-            save_checkpoint(world, config, run)
+            save_checkpoint(setup, config, run)
             break
 
         # 2. REWARD      1 if the boxed answer is right, else 0; the raw scores are logged now
         with clock("reward"), display.phase("reward"):
-            grade_groups(groups, world.pool)
+            grade_groups(groups, setup.pool)
             run.log_rollouts(state.step + 1, groups)
             state.scores.add(state.step + 1, {group.problem.id: group.pass_rate for group in groups})
 
@@ -101,20 +100,20 @@ def train(world: World, config: Config, run: Run, display: Display, interrupt: I
 
         # 6. UPDATE      clipped policy gradient, one token mean over the whole batch
         with clock("update"), display.phase("update"):
-            update = update_policy(world.policy, world.optimizer, batch, stage.temperature, config)
+            update = update_policy(setup.policy, setup.optimizer, batch, stage.temperature, config)
         with clock("sync"):
-            world.engine.sync(world.policy)
+            setup.engine.sync(setup.policy)
 
         # 7. LOG, EVAL, SAVE
         state.sampler.advance(config.prompts_per_step)
         state.step += 1
         metrics = step_metrics(config, state, stage, groups, batch, update, clock)
         if is_evaluation_step(config, state.step):
-            metrics |= evaluate_policy(world, config, run, display, interrupt)
+            metrics |= evaluate_policy(setup, config, run, display, interrupt)
         run.log_metrics(state.step, metrics)
         display.row(metrics)
         if state.step % config.checkpoint_every == 0 or state.step == config.total_steps or interrupt.requested:
-            save_checkpoint(world, config, run)
+            save_checkpoint(setup, config, run)
 
 
 @dataclass
@@ -130,7 +129,7 @@ class State:
 
 
 @dataclass
-class World:
+class Setup:
     """Everything that a run works with."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -142,45 +141,41 @@ class World:
     state: State
 
 
-def enter_stage(world: World, config: Config, display: Display) -> None:
+def enter_stage(setup: Setup, config: Config, display: Display) -> None:
     """At the first step of a later stage, drop the problems that were mastered in the one before."""
-    step, sampler = world.state.step, world.state.sampler
+    step, sampler = setup.state.step, setup.state.sampler
     number = config.stage_number(step)
     if step == 0 or number == config.stage_number(step - 1):
         return
     first = sum(stage.steps for stage in config.stages[: number - 2]) + 1
-    gone = mastered(world.state.scores.scores(first, step), config.mastered_above)
-    left = len(sampler) - len(gone)
-    if left < config.prompts_per_step:
-        display.note(f"stage {number}: {len(gone)} problems are mastered, but only {left} would be left: all stay")
+    gone = mastered(setup.state.scores.scores(first, step), config.mastered_above)
+    if sampler.remove(gone, at_least=config.prompts_per_step):
+        display.note(f"stage {number}: {len(gone)} mastered problems have left, {len(sampler)} stay")
     else:
-        sampler.remove(gone)
-        display.note(f"stage {number}: {len(gone)} mastered problems leave, {left} stay")
+        display.note(f"stage {number}: {len(gone)} problems are mastered, too few would be left for a batch: all stay")
 
 
 def is_evaluation_step(config: Config, step: int) -> bool:
     if config.eval_every < 0:
         return False
-    return step == config.total_steps or (config.eval_every > 0 and step % config.eval_every == 0)
+    return step in (0, config.total_steps) or (config.eval_every > 0 and step % config.eval_every == 0)
 
 
 def evaluate_policy(
-    world: World, config: Config, run: Run, display: Display, interrupt: Interrupt
+    setup: Setup, config: Config, run: Run, display: Display, interrupt: Interrupt
 ) -> dict[str, float]:
-    """Measure the held-out pass rate, unless evaluation is off or Ctrl-C ends it."""
-    if config.eval_every < 0:
-        return {}
+    """Measure the held-out pass rate, unless Ctrl-C ends it; a resume then does it again."""
     temperature = config.eval_temperature or config.stages[0].temperature
     longest = max(stage.max_response_tokens for stage in config.stages)
     sampling = Sampling(temperature, longest, seed=config.seed)  # the same draws each time: less noise in a difference
     result: Evaluation | None = None
     with interrupt.may_drop_step(), display.phase("evaluation") as on_tokens:
         result = evaluate(
-            world.engine, world.tokenizer, world.pool, world.eval_problems, config.eval_rollouts, sampling, on_tokens
+            setup.engine, setup.tokenizer, setup.pool, setup.eval_problems, config.eval_rollouts, sampling, on_tokens
         )
     if result is None:
         return {}
-    run.log_evaluation(world.state.step, result)
+    run.log_evaluation(setup.state.step, result)
     return {"eval/avg_at_k": result.avg_at_k, "eval/pass_at_k": result.pass_at_k}
 
 
@@ -262,6 +257,9 @@ def update_policy(
 def apply_gradient(policy: torch.nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> float:
     """Clip the gradient, take the optimizer's step and return the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_((p for p in policy.parameters() if p.requires_grad), max_norm)
+    if not torch.isfinite(norm):  # a step would make every weight nan
+        raise ModelError(f"the gradient's norm is {norm.item()}, the update was not made: go on from the last "
+                         "checkpoint with a lower --lr")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
@@ -340,7 +338,7 @@ def _row(content: Sequence[tuple[Rollout, int]], device: torch.device) -> Row:
 def packed_attention(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     attention_mask: torch.Tensor | None, *, scaling: float, sequence_lengths: list[int] | None = None,
-    sliding_window: int | None = None, **_: object,
+    sliding_window: int | None = None, **others: object,
 ) -> tuple[torch.Tensor, None]:
     """Attend causally inside each sequence of a packed row, never across; called by transformers' models.
 
@@ -349,7 +347,9 @@ def packed_attention(
     if sequence_lengths is None:
         raise RuntimeError("packed attention was called without sequence_lengths: decode with attention 'sdpa'")
     if sliding_window is not None and max(sequence_lengths) > sliding_window:
-        raise NotImplementedError(f"sequences longer than the model's sliding window of {sliding_window} tokens")
+        raise ModelError(f"sequences are longer than the model's sliding window of {sliding_window} tokens")
+    if any(others.get(name) is not None for name in ("softcap", "s_aux")):
+        raise ModelError("the model caps its attention scores or has attention sinks, which packing does not support")
     grouped = query.shape[1] != key.shape[1]
     outputs = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
@@ -431,7 +431,7 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 # -------------------------------------------------------------------------- the policy
 
 
-def set_up(config: Config, run: Run, display: Display) -> World:
+def set_up(config: Config, run: Run, display: Display) -> Setup:
     """Load and check everything, cheapest first, so that bad input ends before it costs time."""
     if config.engine == "vllm":
         raise ModelError("engine is vllm: this version generates with the hf engine only; use --engine hf")
@@ -439,11 +439,6 @@ def set_up(config: Config, run: Run, display: Display) -> World:
         raise DataError(f"model is toy, data is {config.data}: the toy model reads sums only; give a --model too")
     device = resolve_device(config.device)
     training, evaluation = load_data(config)
-    if len(training) < config.prompts_per_step:
-        raise DataError(
-            f"prompts_per_step is {config.prompts_per_step}, but there are {len(training)} training problems: "
-            "lower --prompts-per-step, or give more data"
-        )
     examples = data.load_worked_examples(config.prompt_examples) if config.prompt_examples else []
     warmup = data.load_worked_examples(config.warmup) if config.warmup else []
     source = toy_model_folder(config, training, display) if config.model == "toy" else config.model
@@ -455,7 +450,12 @@ def set_up(config: Config, run: Run, display: Display) -> World:
             max_prompt_tokens=config.max_prompt_tokens, skip_bad_rows=config.skip_bad_rows,
         )
 
-    training, evaluation = prompts(training), prompts(evaluation)
+    training, evaluation = prompts(training), prompts(evaluation) if evaluation else []
+    if len(training) < config.prompts_per_step:
+        raise DataError(
+            f"prompts_per_step is {config.prompts_per_step}, but there are {len(training)} training problems: "
+            "lower --prompts-per-step, or give more data"
+        )
     checkpoint = run.newest_checkpoint()
     policy = load_policy(config, str(source), checkpoint, device)
     check_packing(policy, config)
@@ -468,7 +468,7 @@ def set_up(config: Config, run: Run, display: Display) -> World:
     if warmup and checkpoint is None:
         encoded = [data.encode_example(e, tokenizer, suffix=config.prompt_suffix, examples=examples) for e in warmup]
         supervised_steps(policy, encoded, config, display)
-    world = World(
+    setup = Setup(
         tokenizer, policy, optimizer,
         HFEngine(policy, tokenizer, rollouts_per_batch=config.rollouts_per_batch, dtype=resolve_dtype(config, device)),
         RewardPool(
@@ -482,34 +482,22 @@ def set_up(config: Config, run: Run, display: Display) -> World:
         f"parameters; {len(training):,} training and {len(evaluation):,} held-out problems; run folder {run.folder}"
     )
     if warmup and checkpoint is None:
-        save_checkpoint(world, config, run)  # the warm start is paid for: a resume need not repeat it
-    return world
+        save_checkpoint(setup, config, run)  # the warm start is paid for: a resume need not repeat it
+    return setup
 
 
 def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
     """Return training and held-out problems, which never share a problem's text."""
-    if config.data == "toy":
-        problems = data.toy_problems(TOY_PROBLEMS, config.seed)
-    else:
-        problems = load_problems(config.data, config.skip_bad_rows)
+    def load(source: str) -> list[Problem]:
+        return data.load_problems(source, check_answers=check_answer, skip_bad_rows=config.skip_bad_rows)
+
+    problems = data.toy_problems(TOY_PROBLEMS, config.seed) if config.data == "toy" else load(config.data)
+    if config.eval_every < 0:
+        return problems, []
     if config.eval_data is not None:
-        evaluation = load_problems(config.eval_data, config.skip_bad_rows)
-        return data.remove_overlap(problems, evaluation), evaluation[: config.eval_problems]
+        evaluation = load(config.eval_data)
+        return data.remove_overlap(problems, evaluation), evaluation
     return data.hold_out(problems, config.eval_problems, config.seed)
-
-
-def load_problems(source: str, skip_bad_rows: bool) -> list[Problem]:
-    """Load problems whose answers the grader can use.
-
-    Raises: DataError. With skip_bad_rows, unusable ones are left out.
-    """
-    problems = data.load_problems(source, skip_bad_rows=skip_bad_rows)
-    unusable = {p.id: reason for p in problems if (reason := check_answer(p.answers)) is not None}
-    if unusable and not skip_bad_rows:
-        problem_id, reason = next(iter(unusable.items()))
-        raise DataError(f"{source}: the answer of problem {problem_id} cannot be graded: {reason}; mend it, or leave "
-                        f"such rows out with --skip-bad-rows ({len(unusable)} of {len(problems)})")
-    return [problem for problem in problems if problem.id not in unusable]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -519,6 +507,8 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ModelError(f"device is {name}: give auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"device is {name}: only cpu and cuda are supported")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device is {name}: PyTorch sees no CUDA device here; use --device cpu")
     return device
@@ -542,6 +532,9 @@ def load_policy(config: Config, source: str, checkpoint: Path | None, device: to
     if lora:
         policy = add_lora(model, config, checkpoint)
     causal_lm(policy).set_attn_implementation("packed")
+    for module in policy.modules():
+        if isinstance(module, torch.nn.Dropout):  # the trainer's log-probs must be the sampler's
+            module.p = 0.0
     if config.gradient_checkpointing:
         causal_lm(policy).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return policy
@@ -578,6 +571,11 @@ def check_packing(policy: torch.nn.Module, config: Config) -> None:
     """
     model = causal_lm(policy)
     compute_dtype = resolve_dtype(config, model.device)
+    longest = config.max_prompt_tokens + max(stage.max_response_tokens for stage in config.stages)
+    window = getattr(model.config, "sliding_window", None)
+    if window is not None and window < longest:
+        raise ModelError(f"model is {config.model}: its sliding window has {window} tokens, prompt and response may "
+                         f"have {longest}; lower --max-response-tokens or take a model without one")
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise ModelError(f"model is {config.model}: its head has a bias, which this trainer does not support")
     tokens = torch.arange(2, 11, device=model.device) % model.config.get_text_config().vocab_size
@@ -646,12 +644,16 @@ TOY_MODEL: dict[str, Any] = {
 def toy_model_folder(config: Config, training: Sequence[Problem], display: Display) -> Path:
     """Return the toy model's folder, made once: random weights, then a warm start on worked sums with mistakes.
 
-    Kept in the user's cache under a hash of all that made it, code included.
+    Kept in the user's cache under a hash of the settings and the code that made it.
     """
     made_by = [
         {name: getattr(config, name) for name in ("seed", "warmup_steps", "warmup_batch", "warmup_lr")},
         TOY_MODEL, TOY_ERROR_RATE, [problem.id for problem in training], torch.__version__,
-        *(inspect.getsource(source) for source in (data.toy_response, data.toy_tokenizer, supervised_steps)),
+        data.TOY_SPECIAL, data.TOY_THINK, data.TOY_WORDS, data.TOY_TEMPLATE,
+        *(inspect.getsource(source) for source in (
+            data.toy_response, data.toy_tokenizer, data.encode_example, supervised_steps, pack, _row, packed_attention,
+            token_logprobs, HeadLogprobs, apply_gradient,
+        )),
     ]
     name = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polaris-mini"
@@ -692,21 +694,21 @@ def written_whole(folder: Path) -> Iterator[Path]:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    if folder.exists():
-        shutil.rmtree(folder)
     os.replace(unfinished, folder)
 
 
-def save_checkpoint(world: World, config: Config, run: Run) -> None:
+def save_checkpoint(setup: Setup, config: Config, run: Run) -> None:
     """Save policy and tokenizer in Hugging Face format, with the trainer's state beside them."""
-    state = world.state
+    state = setup.state
+    if run.checkpoint(state.step).is_dir():
+        return
     with written_whole(run.checkpoint(state.step)) as folder:
-        world.policy.save_pretrained(folder)  # type: ignore[operator]
-        world.tokenizer.save_pretrained(folder)
+        setup.policy.save_pretrained(folder)  # type: ignore[operator]
+        setup.tokenizer.save_pretrained(folder)
         torch.save(
             {
                 "step": state.step,
-                "optimizer": world.optimizer.state_dict(),
+                "optimizer": setup.optimizer.state_dict(),
                 "sampler": state.sampler.state_dict(),
                 "sink": {problem_id: asdict(rollout) for problem_id, rollout in state.sink.items()},
             },
@@ -722,13 +724,15 @@ def restore(state: State, optimizer: torch.optim.Optimizer, checkpoint: Path, co
     state.step = saved["step"]
     optimizer.load_state_dict(saved["optimizer"])
     for parameters in optimizer.param_groups:  # the state's own values would win over a new --lr
-        parameters.update(lr=config.lr, weight_decay=config.weight_decay)
+        parameters["lr"], parameters["weight_decay"] = config.lr, config.weight_decay
+        if "betas" in parameters:
+            parameters["betas"] = (config.beta1, config.beta2)
     state.sampler.load_state_dict(saved["sampler"])
     state.sink = {problem_id: Rollout(**fields) for problem_id, fields in saved["sink"].items()}
 
 
 class Run:
-    """The folder of a run: config.json, metrics.jsonl, evaluations.jsonl, rollouts.jsonl, checkpoints/, plots/."""
+    """The folder of a run: config.json, the jsonl logs, checkpoints/, plots/."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -738,6 +742,8 @@ class Run:
         """Make the folder, or in a resumed run forget what was logged after `step`: those steps come again."""
         self.track = start_tracker(config, self.folder)
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for unfinished in (self.folder / "checkpoints").glob(".*.unfinished-*"):  # of a run that was killed
+            shutil.rmtree(unfinished)
         (self.folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
         for name in ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl"):
             path = self.folder / name
@@ -753,10 +759,14 @@ class Run:
     def log_evaluation(self, step: int, result: Evaluation) -> None:
         self._append("evaluations.jsonl", [{"step": step, **asdict(result)}])
 
+    def has_evaluation(self, step: int) -> bool:
+        return any(line["step"] == step for line in read_lines(self.folder / "evaluations.jsonl"))
+
     def log_rollouts(self, step: int, groups: Sequence[Group]) -> None:
         self._append("rollouts.jsonl", [
-            {"step": step, "problem_id": rollout.problem_id, "response": rollout.text, "reward": rollout.reward,
-             "reason": rollout.reason, "tokens": len(rollout.response_tokens), "finish_reason": rollout.finish_reason}
+            {"step": step, "problem_id": group.problem.id, "response": rollout.text, "answer": group.problem.answers,
+             "reward": rollout.reward, "reason": rollout.reason, "tokens": len(rollout.response_tokens),
+             "finish_reason": rollout.finish_reason}
             for group in groups for rollout in group.rollouts
         ])
 
@@ -948,11 +958,11 @@ class TokenColumn(ProgressColumn):
         return Text(f"{task.completed:,.0f} tokens, {task.speed or 0:,.0f}/s" if task.completed else "")
 
 
-def finish(world: World, config: Config, run: Run, display: Display, interrupted: bool) -> None:
+def finish(setup: Setup, config: Config, run: Run, display: Display, interrupted: bool) -> None:
     """Say what came of the run: before and after, the plot, and what to do next."""
     folder, checkpoint = run.folder, run.newest_checkpoint()
     if interrupted:
-        display.note(f"stopped after step {world.state.step} of {config.total_steps}")
+        display.note(f"stopped after step {setup.state.step} of {config.total_steps}")
         display.note(f"go on with: python train.py --resume {folder}")
         return
     evaluations = list(read_lines(folder / "evaluations.jsonl"))
@@ -1039,20 +1049,55 @@ class ConfigError(ValueError):
 
 def read_config(arguments: Sequence[str]) -> Config:
     """Make the configuration: the preset or the resumed run first, then the options over it."""
-    resume, preset = _option(arguments, "--resume"), _option(arguments, "--preset")
+    resume, preset, model = (_option(arguments, name) for name in ("--resume", "--preset", "--model"))
     if resume is not None:
         default = replace(saved_config(Path(resume)), resume=resume, run_dir=resume)
     else:
-        if preset is None:
-            custom = any(_option(arguments, name) is not None for name in ("--model", "--data"))
-            preset = "recipe" if custom else "toy"
+        preset = preset or ("toy" if model in (None, "toy") else "recipe")
         if preset not in PRESETS:
             raise ConfigError(f"preset is {preset}: give one of {', '.join(PRESETS)}")
+        if model not in (None, "toy") and _option(arguments, "--data") is None:
+            raise ConfigError(f"model is {model}, but data is missing: give --data FILE_OR_HUB_NAME (or --data toy)")
         default = PRESETS[preset]
     try:
-        return tyro.cli(Config, args=arguments, default=default, prog="train.py", description=__doc__)
+        config = tyro.cli(
+            Config, args=arguments, default=default, prog="train.py", description=__doc__, registry=stage_options()
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if resume is not None:
+        for name in FIXED_IN_A_RUN:
+            before, now = getattr(default, name), getattr(config, name)
+            if before != now:
+                raise ConfigError(f"{name} is {now}: in this run it was {before} and cannot change; start a new run "
+                                  "(a checkpoint can be its --model)")
+    return config
+
+
+FIXED_IN_A_RUN = ("model", "data", "seed", "optimizer", "lora_rank", "lora_alpha", "eval_data", "eval_problems",
+                  "prompt_suffix", "prompt_examples")
+
+
+def stage_options() -> tyro.constructors.ConstructorRegistry:
+    """Let --stages take any number of stages, each as STEPS:TEMPERATURE:MAX_RESPONSE_TOKENS."""
+
+    def parse(words: list[str]) -> Stage:
+        steps, temperature, tokens = words[0].split(":")
+        return Stage(int(steps), float(temperature), int(tokens))
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Stage] | None:
+        if info.type is not Stage:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1, metavar="STEPS:TEMPERATURE:TOKENS", instance_from_str=parse,
+            is_instance=lambda value: isinstance(value, Stage),
+            str_from_instance=lambda stage: [f"{stage.steps}:{stage.temperature}:{stage.max_response_tokens}"],
+        )
+
+    return registry
 
 
 def _option(arguments: Sequence[str], name: str) -> str | None:
@@ -1069,11 +1114,11 @@ def saved_config(folder: Path) -> Config:
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(f"resume is {folder}: there is no run in it (no config.json)")
-    fields = json.loads(path.read_text())
-    known = {f.name for f in dataclasses.fields(Config)}
-    if unknown := sorted(set(fields) - known):
-        raise ConfigError(f"resume is {folder}: its config.json has fields of another version: {', '.join(unknown)}")
-    return Config(**{**fields, "stages": tuple(Stage(**stage) for stage in fields["stages"])})
+    try:
+        fields = json.loads(path.read_text())
+        return Config(**{**fields, "stages": tuple(Stage(**stage) for stage in fields["stages"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"resume is {folder}: its config.json is damaged or of another version ({error})") from error
 
 
 def run_folder(config: Config) -> Path:
@@ -1097,19 +1142,19 @@ def main(arguments: Sequence[str]) -> None:
     config = read_config(arguments)
     folder = run_folder(config)
     run = Run(folder)
-    world = set_up(config, run, display)
+    setup = set_up(config, run, display)
     interrupt = Interrupt()
-    with world.pool:
-        train(world, config, run, display, interrupt)
-    finish(world, config, run, display, interrupt.requested)
+    with setup.pool:
+        train(setup, config, run, display, interrupt)
+    finish(setup, config, run, display, interrupt.requested)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (DataError, ModelError, ConfigError) as error:
+    except (DataError, ModelError, ConfigError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("train.py: ended at once; --resume RUN goes on at the run's last checkpoint", file=sys.stderr)
+        print("train.py: ended at once; a run with a checkpoint goes on there with --resume", file=sys.stderr)
         sys.exit(130)

@@ -93,7 +93,8 @@ def test_run_folder_holds_what_the_readme_says(finished):
     assert [e["step"] for e in lines(finished / "evaluations.jsonl")] == [0, 2, 4, 5]
     rollouts = lines(finished / "rollouts.jsonl")
     assert len(rollouts) == 5 * 8 * 4
-    assert set(rollouts[0]) == {"step", "problem_id", "response", "reward", "reason", "tokens", "finish_reason"}
+    assert set(rollouts[0]) == {
+        "step", "problem_id", "response", "answer", "reward", "reason", "tokens", "finish_reason"}
     for m in metrics:
         rewards = [r["reward"] for r in rollouts if r["step"] == m["step"]]
         assert m["reward/mean"] == pytest.approx(sum(rewards) / len(rewards))
@@ -270,6 +271,32 @@ def test_base_model_with_warm_start_examples_lora_and_8_bit_adam(base_model, sum
     assert_same_run(straight, folder, 3)
 
 
+def test_stages_of_the_command_line_and_mastered_problems(run_train, tmp_path):
+    """Two stages; with --mastered-above 0 every problem with a correct rollout leaves between them."""
+    folder = tmp_path / "stages"
+    result = run_train(*SMALL, "--stages", "2:1.0:40", "1:1.2:44", "--mastered-above", 0, "--run-dir", folder)
+    assert result.returncode == 0, result.stderr
+    metrics = lines(folder / "metrics.jsonl")
+    assert [(m["stage"], m["sampling/temperature"]) for m in metrics] == [(1, 1.0), (1, 1.0), (2, 1.2)]
+    solved = {s["id"] for s in lines(folder / "scores.jsonl") if s["step"] <= 2 and s["score"] > 0}
+    assert f"stage 2: {len(solved)} mastered problems have left" in result.stdout
+    assert not solved & {s["id"] for s in lines(folder / "scores.jsonl") if s["step"] == 3}
+
+
+def test_without_evaluation_nothing_is_held_out():
+    training, evaluation = train.load_data(Config(eval_every=-1))
+    assert (len(training), evaluation) == (train.TOY_PROBLEMS, [])
+
+
+def test_dropped_evaluation_is_made_up_for_by_a_resume(finished, run_train, tmp_path):
+    folder = tmp_path / "no_evaluation"
+    shutil.copytree(finished, folder)
+    path = folder / "evaluations.jsonl"
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if '"step": 5' not in line))
+    assert run_train("--resume", folder).returncode == 0
+    assert lines(path) == lines(finished / "evaluations.jsonl")
+
+
 def test_parquet_in_verl_layout_trains(base_model, run_train, tmp_path):
     import pyarrow
     from pyarrow import parquet
@@ -299,7 +326,7 @@ def test_parquet_in_verl_layout_trains(base_model, run_train, tmp_path):
         (["--model", "MODEL", "--data", "nowhere.jsonl"], "there is no such file"),
         (["--model", "MODEL", "--data", "FOLDER/empty.jsonl"], "is empty"),
         (["--model", "MODEL", "--data", "FOLDER/broken.jsonl"], "broken.jsonl, line 2: not JSON"),
-        (["--model", "MODEL", "--data", "FOLDER/ungradable.jsonl"], "the answer of problem 2 cannot be graded"),
+        (["--model", "MODEL", "--data", "FOLDER/ungradable.jsonl"], "ungradable.jsonl, line 2: answer"),
         (["--model", "FOLDER", "--data", "SUMS", "--prompts-per-step", "8", "--eval-problems", "8"],
          "the folder has no tokenizer"),
         (["--model", "FOLDER/nowhere", "--data", "SUMS", "--prompts-per-step", "8", "--eval-problems", "8"],
@@ -309,23 +336,30 @@ def test_parquet_in_verl_layout_trains(base_model, run_train, tmp_path):
           "--max-prompt-tokens", "3"], "--max-prompt-tokens"),
         (["--engine", "vllm"], "engine is vllm"),
         (["--device", "cuda:99x"], "device is cuda:99x"),
+        (["--device", "mps"], "only cpu and cuda are supported"),
+        (["--model", "MODEL"], "data is missing: give --data"),
+        (["--stages", "10:1.0"], "STEPS:TEMPERATURE:TOKENS"),
+        (["--stages", "10:1.0:20", "5:0:20"], "temperature is 0.0"),
         (["--resume", "FOLDER"], "there is no run in it"),
+        (["--resume", "FINISHED", "--optimizer", "sgd"], "optimizer is sgd: in this run it was adamw"),
+        (["--resume", "FINISHED", "--lora-rank", "4"], "lora_rank is 4: in this run it was 0"),
+        (["--resume", "FINISHED", "--seed", "4"], "seed is 4: in this run it was 0"),
         (["--run-dir", "FOLDER"], "it exists already; go on with --resume"),
     ],
 )
-def test_bad_input_ends_in_one_line(options, expected, base_model, sums, run_train, tmp_path):
+def test_bad_input_ends_in_one_line(options, expected, base_model, sums, finished, run_train, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"problem": "1 + 1", "answer": "2"}\n{"problem": \n')
     (tmp_path / "ungradable.jsonl").write_text('{"id": "1", "problem": "a", "answer": "1"}\n'
                                                '{"id": "2", "problem": "b", "answer": "$$"}\n')
-    places = {"MODEL": str(base_model), "FOLDER": str(tmp_path), "SUMS": str(sums)}
+    places = {"MODEL": str(base_model), "FOLDER": str(tmp_path), "SUMS": str(sums), "FINISHED": str(finished)}
     filled = []
     for option in options:
         for name, place in places.items():
             option = option.replace(name, place)
         filled.append(option)
     before = sorted(tmp_path.iterdir())
-    run_dir = [] if "--run-dir" in options else ["--run-dir", str(tmp_path / "run")]
+    run_dir = [] if "--run-dir" in options or "FINISHED" in options else ["--run-dir", str(tmp_path / "run")]
     result = run_train(*filled, *run_dir)
     shown = " ".join(result.stderr.replace("│", " ").split())  # tyro draws a box and wraps lines
     assert result.returncode == 2, result.stderr

@@ -2,13 +2,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 from conftest import random_rollouts, tiny_model
 
 from polaris_mini import Config, Group, Problem, Rollout, policy_loss
-from train import add_lora, make_optimizer, pack, token_logprobs, update_policy
+from rollout import ModelError
+from train import add_lora, check_packing, load_policy, make_optimizer, pack, token_logprobs, update_policy
 
 T = 1.4
 
@@ -211,3 +214,51 @@ def test_lora_trains_the_adapters_only_and_no_head():
     assert any(p.abs().max() > 0 for name, p in policy.named_parameters() if "lora_B" in name)
     after = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if "lora" not in name}
     assert all(torch.equal(after[name], base[name]) for name in base)
+
+
+def test_gradient_that_is_not_finite_changes_nothing():
+    model = tiny_model("qwen3", tied=True)
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).clone()
+    rollouts = random_rollouts(3)
+    rollouts[0].advantage = float("inf")
+    config = Config(lr=1.0)
+    with pytest.raises(ModelError, match=r"gradient's norm is .*lower --lr"):
+        update_policy(model, make_optimizer(model, config), grouped(rollouts, [1]), T, config)
+    assert torch.equal(torch.nn.utils.parameters_to_vector(model.parameters()), before)
+
+
+def save_tiny(folder: Path, config_class: type, model_class: type, **settings: object) -> str:
+    torch.manual_seed(0)
+    config = config_class(vocab_size=50, bos_token_id=None, eos_token_id=3, pad_token_id=0, **settings)
+    model_class(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_dropout_of_a_model_is_switched_off(tmp_path):
+    """GPT-2 has dropout by default: two passes over the same tokens must agree all the same."""
+    folder = save_tiny(tmp_path, GPT2Config, GPT2LMHeadModel, n_embd=32, n_layer=2, n_head=4)
+    config = Config(max_prompt_tokens=16, max_response_tokens=16)
+    policy = load_policy(config, folder, None, torch.device("cpu")).train()
+    (row,) = pack([(r, 1) for r in random_rollouts(3)], 1000, torch.device("cpu"))
+    first, second = (token_logprobs(policy, row, T, config)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_sliding_window_shorter_than_a_response_is_refused_at_the_start(tmp_path):
+    folder = save_tiny(tmp_path, MistralConfig, MistralForCausalLM, hidden_size=32, num_hidden_layers=2,
+                       intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, sliding_window=32)
+    config = Config(max_prompt_tokens=16, max_response_tokens=16)
+    policy = load_policy(config, folder, None, torch.device("cpu"))
+    check_packing(policy, config)  # fits
+    with pytest.raises(ModelError, match="sliding window has 32 tokens"):
+        check_packing(policy, replace(config, max_prompt_tokens=17))
+
+
+def test_check_packing_finds_logits_that_are_not_the_heads(tmp_path):
+    model = tiny_model("llama", tied=False)
+    check_packing(model, Config())
+    model.lm_head.register_forward_hook(lambda module, inputs, output: 30 * torch.tanh(output / 30))  # as Gemma 2 does
+    for parameter in model.lm_head.parameters():
+        parameter.data *= 20
+    with pytest.raises(ModelError, match="this architecture is not supported"):
+        check_packing(model, Config())
