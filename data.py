@@ -1,4 +1,4 @@
-"""Problems in, prompts out: load and validate problems, encode prompts, walk over epochs, log scores.
+"""Problems in, prompts out: load and validate problems, encode prompts, walk over epochs.
 
 A problem comes from a jsonl, json or parquet file, a hub data set or the toy world at the end of this file. What is
 wrong with a row is said at once, with file, row, value and fix: a problem without its answer, or two problems with one
@@ -19,7 +19,6 @@ import random
 import re
 import sys
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -503,70 +502,6 @@ class ProblemSampler:
     def _fingerprint(self) -> str:
         lines = "\n".join(f"{problem.id}\n{problem.text}" for problem in self._problems)
         return hashlib.sha256(lines.encode()).hexdigest()[:16]
-
-
-# ------------------------------------------------------------------------- the score log
-
-
-class ScoreLog:
-    """A jsonl file with one line per (step, problem): its raw pass rate, before rescue and substitution."""
-
-    def __init__(self, path: str | Path) -> None:
-        self._path = Path(path)
-        self._last_step, self._size = self._end()
-
-    def add(self, step: int, scores: Mapping[str, float]) -> None:
-        """Append the scores of a step.
-
-        Raises: ValueError if the step, or a later one, is already there: `rewind` first.
-        """
-        if step <= self._last_step:
-            raise ValueError(f"{self._path}: has scores up to step {self._last_step}, so step {step} would count "
-                             "twice: rewind it first")
-        lines = [json.dumps({"step": step, "id": key, "score": score}) + "\n" for key, score in scores.items()]
-        with self._path.open("ab") as file:
-            file.truncate(self._size)  # drops a line that a killed run left half-written
-            self._size += file.write("".join(lines).encode())
-        self._last_step = step
-
-    def rewind(self, step: int) -> None:
-        """Drop the scores of every step after this one, for a resume from its checkpoint."""
-        if self._path.exists():
-            kept = [line for recorded, _, _, line in self._records() if recorded <= step]
-            rewound = self._path.with_name(self._path.name + ".tmp")
-            rewound.write_bytes(b"".join(kept))
-            os.replace(rewound, self._path)  # all or nothing, if we are killed here
-            self._last_step, self._size = self._end()
-
-    def scores(self, first_step: int, last_step: int) -> dict[str, list[float]]:
-        """Collect each problem's scores from the first to the last step, both included."""
-        collected = defaultdict(list)
-        for step, problem_id, score, _ in self._records():
-            if first_step <= step <= last_step:
-                collected[problem_id].append(score)
-        return dict(collected)
-
-    def _end(self) -> tuple[int, int]:
-        """Return the last step and the bytes of the complete lines."""
-        last_step, size = -1, 0
-        for step, _, _, line in self._records():
-            last_step = step
-            size += len(line)
-        return last_step, size
-
-    def _records(self) -> Iterator[tuple[int, str, float, bytes]]:
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    return  # cut off by a kill
-                try:
-                    record = json.loads(line)
-                    yield record["step"], record["id"], record["score"], line
-                except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(f"{self._path}, line {number}: is {_shown(line)}, not a score: "
-                                    "delete the line") from error
 
 
 # -------------------------------------------------------------------------- the toy world

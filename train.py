@@ -36,7 +36,7 @@ import data
 import torch
 import torch.nn.functional as F
 import tyro
-from data import DataError, ProblemSampler, ScoreLog
+from data import DataError, ProblemSampler
 from rich.console import Console
 from rich.progress import (
     BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn,
@@ -69,7 +69,7 @@ def train(setup: Setup, config: Config, run: Run, display: Display, interrupt: I
         clock = Clock()
 
         # 0. STAGE       temperature and length grow; mastered problems leave
-        enter_stage(setup, config, display)
+        enter_stage(setup, config, run, display)
 
         # 1. ROLLOUT     G responses to each of P problems, at the stage's temperature
         problems = state.sampler.peek(config.prompts_per_step)
@@ -84,7 +84,6 @@ def train(setup: Setup, config: Config, run: Run, display: Display, interrupt: I
         with clock("reward"), display.phase("reward"):
             grade_groups(groups, setup.pool)
             run.log_rollouts(state.step + 1, groups)
-            state.scores.add(state.step + 1, {group.problem.id: group.pass_rate for group in groups})
 
         # 3. RESCUE      a group without a correct rollout borrows one that its problem once had
         batch = rescue(groups, state.sink, rng) if config.rescue else groups
@@ -123,7 +122,6 @@ class State:
     step: int
     """Completed steps."""
     sampler: ProblemSampler
-    scores: ScoreLog
     sink: dict[str, Rollout] = field(default_factory=dict)
     """One correct rollout per problem, for rescue."""
 
@@ -141,14 +139,14 @@ class Setup:
     state: State
 
 
-def enter_stage(setup: Setup, config: Config, display: Display) -> None:
+def enter_stage(setup: Setup, config: Config, run: Run, display: Display) -> None:
     """At the first step of a later stage, drop the problems that were mastered in the one before."""
     step, sampler = setup.state.step, setup.state.sampler
     number = config.stage_number(step)
     if step == 0 or number == config.stage_number(step - 1):
         return
     first = sum(stage.steps for stage in config.stages[: number - 2]) + 1
-    gone = mastered(setup.state.scores.scores(first, step), config.mastered_above)
+    gone = mastered(run.scores(first, step), config.mastered_above)
     if sampler.remove(gone, at_least=config.prompts_per_step):
         display.note(f"stage {number}: {len(gone)} mastered problems have left, {len(sampler)} stay")
     else:
@@ -382,7 +380,7 @@ def token_logprobs(
 class HeadLogprobs(torch.autograd.Function):
     """Log-probs of target tokens and entropies, from hidden states, without the (M, V) logits of more than a chunk.
 
-    The forward pass keeps only its inputs; the backward pass computes each chunk's logits once more. Logits, sums and
+    The forward pass keeps only its inputs; the backward pass computes each chunk's logits once more. Softmax, sums and
     the head's gradient are float32 whatever the inputs are (float64 stays float64).
     """
 
@@ -459,12 +457,11 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
     checkpoint = run.newest_checkpoint()
     policy = load_policy(config, str(source), checkpoint, device)
     check_packing(policy, config)
-    state = State(0, ProblemSampler(training, config.seed), ScoreLog(run.folder / "scores.jsonl"))
+    state = State(0, ProblemSampler(training, config.seed))
     optimizer = make_optimizer(policy, config)
     if checkpoint is not None:
         restore(state, optimizer, checkpoint, config)
     run.start(config, state.step)
-    state.scores.rewind(state.step)
     if warmup and checkpoint is None:
         encoded = [data.encode_example(e, tokenizer, suffix=config.prompt_suffix, examples=examples) for e in warmup]
         supervised_steps(policy, encoded, config, display)
@@ -745,7 +742,7 @@ class Run:
         for unfinished in (self.folder / "checkpoints").glob(".*.unfinished-*"):  # of a run that was killed
             shutil.rmtree(unfinished)
         (self.folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-        for name in ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl"):
+        for name in ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl", "scores.jsonl"):
             path = self.folder / name
             rewound = path.with_name(path.name + ".tmp")
             with rewound.open("w") as file:
@@ -763,12 +760,24 @@ class Run:
         return any(line["step"] == step for line in read_lines(self.folder / "evaluations.jsonl"))
 
     def log_rollouts(self, step: int, groups: Sequence[Group]) -> None:
+        """Write down every rollout as it was drawn, and each problem's pass rate."""
         self._append("rollouts.jsonl", [
             {"step": step, "problem_id": group.problem.id, "response": rollout.text, "answer": group.problem.answers,
              "reward": rollout.reward, "reason": rollout.reason, "tokens": len(rollout.response_tokens),
              "finish_reason": rollout.finish_reason}
             for group in groups for rollout in group.rollouts
         ])
+        self._append("scores.jsonl", [
+            {"step": step, "id": group.problem.id, "score": group.pass_rate} for group in groups
+        ])
+
+    def scores(self, first_step: int, last_step: int) -> dict[str, list[float]]:
+        """Collect each problem's pass rates, as they were before rescue, from the first to the last step."""
+        collected: dict[str, list[float]] = defaultdict(list)
+        for line in read_lines(self.folder / "scores.jsonl"):
+            if first_step <= line["step"] <= last_step:
+                collected[line["id"]].append(line["score"])
+        return collected
 
     def checkpoint(self, step: int) -> Path:
         return self.folder / "checkpoints" / f"step_{step:06d}"

@@ -1,4 +1,4 @@
-"""Load real and broken problem files, encode prompts, and walk the sampler and the score log through a resume."""
+"""Load real and broken problem files, encode prompts, and walk the sampler through a resume."""
 from __future__ import annotations
 
 import gzip
@@ -19,7 +19,7 @@ import pytest
 from pyarrow import parquet
 
 import data
-from data import DataError, ProblemSampler, ScoreLog, WorkedExample
+from data import DataError, ProblemSampler, WorkedExample
 from polaris_mini import Config, Problem
 
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
@@ -426,58 +426,6 @@ def test_mastered_problems_leave() -> None:
     assert len(sampler) == 8
     with pytest.raises(DataError, match="--prompts-per-step is 9, but only 8 problems"):
         sampler.peek(9)
-
-
-# --------------------------------------------------------------------------- score log
-
-
-def test_score_log(tmp_path: Path) -> None:
-    log = ScoreLog(tmp_path / "scores.jsonl")
-    assert log.scores(0, 9) == {}
-    log.rewind(0)
-    for step in (1, 2, 3):
-        log.add(step, {"a": step / 4, "b": 0.0})
-    assert log.scores(2, 3) == {"a": [0.5, 0.75], "b": [0.0, 0.0]}
-    assert ScoreLog(tmp_path / "scores.jsonl").scores(1, 3)["a"] == [0.25, 0.5, 0.75]
-    with pytest.raises(ValueError, match="up to step 3, so step 3 would count twice: rewind"):
-        ScoreLog(tmp_path / "scores.jsonl").add(3, {"a": 1.0})
-
-
-def test_score_log_is_exact_after_a_resume(tmp_path: Path) -> None:
-    straight, broken = ScoreLog(tmp_path / "straight.jsonl"), ScoreLog(tmp_path / "broken.jsonl")
-    for step in range(1, 6):
-        straight.add(step, {"a": step / 8, "é": 1.0})
-    for step in range(1, 5):
-        broken.add(step, {"a": step / 8, "é": 1.0})
-    with (tmp_path / "broken.jsonl").open("ab") as file:
-        file.write(b'{"step": 5, "id": "a"')  # killed here; the last checkpoint was at step 2
-    resumed = ScoreLog(tmp_path / "broken.jsonl")
-    resumed.rewind(2)
-    for step in (3, 4, 5):
-        resumed.add(step, {"a": step / 8, "é": 1.0})
-    assert (tmp_path / "broken.jsonl").read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.jsonl", "straight.jsonl"]
-
-
-def test_score_log_drops_a_half_written_line(tmp_path: Path) -> None:
-    path = tmp_path / "scores.jsonl"
-    log = ScoreLog(path)
-    log.add(1, {"a": 0.5})
-    first = path.read_bytes()
-    log.add(2, {"a": 1.0})
-    both = path.read_bytes()
-    for size in range(len(first), len(both)):
-        path.write_bytes(both[:size])
-        log = ScoreLog(path)
-        assert log.scores(1, 2) == {"a": [0.5]}
-        log.add(2, {"a": 1.0})
-        assert path.read_bytes() == both
-
-
-def test_score_log_names_a_damaged_line(tmp_path: Path) -> None:
-    write(tmp_path / "scores.jsonl", {"step": 1, "id": "a", "score": 1.0}, {"step": 2}, {"step": 3})
-    with pytest.raises(DataError, match=r"scores.jsonl, line 2: is .*, not a score: delete the line"):
-        ScoreLog(tmp_path / "scores.jsonl")
 
 
 # ----------------------------------------------------------------------- the toy world
