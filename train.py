@@ -978,11 +978,11 @@ def finish(setup: Setup, config: Config, run: Run, display: Display, interrupted
     if evaluations:
         first = evaluations[0]
         table = Table(title=f"held-out pass rate, {first['problems']} problems x {first['k']} rollouts")
-        for title in ("", "step", "pass rate (avg@k)", "95 % interval", "pass@k", "tokens", "truncated"):
-            table.add_column(title)
+        for title in ("", "step", "avg@k", "95 % interval", "pass@k", "tokens", "truncated"):
+            table.add_column(title, no_wrap=True)
         for name, e in (("before", first), ("after", evaluations[-1])):
             low, high = max(0.0, e["avg_at_k"] - e["interval"]), min(1.0, e["avg_at_k"] + e["interval"])
-            table.add_row(name, str(e["step"]), f"{e['avg_at_k']:.1%}", f"{low:.1%} to {high:.1%}",
+            table.add_row(name, str(e["step"]), f"{e['avg_at_k']:.1%}", f"{low:.1%} - {high:.1%}",
                           f"{e['pass_at_k']:.1%}", f"{e['tokens_mean']:.0f}", f"{e['truncated']:.1%}")
         display.console.print(table)
     display.note(f"plot        {draw(folder)}")
