@@ -435,6 +435,8 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
         raise ModelError("engine is vllm: this version generates with the hf engine only; use --engine hf")
     if config.model == "toy" and config.data != "toy":
         raise DataError(f"model is toy, data is {config.data}: the toy model reads sums only; give a --model too")
+    if config.model == "toy" and config.prompt_suffix:
+        raise DataError(f"model is toy, prompt_suffix is {config.prompt_suffix!r}: it reads no words; use --preset toy")
     device = resolve_device(config.device)
     training, evaluation = load_data(config)
     examples = data.load_worked_examples(config.prompt_examples) if config.prompt_examples else []
@@ -462,7 +464,12 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
     if checkpoint is not None:
         restore(state, optimizer, checkpoint, config)
     run.start(config, state.step)
+    display.note(
+        f"{config.model} on {device}, {sum(p.numel() for p in policy.parameters() if p.requires_grad):,} trained "
+        f"parameters; {len(training):,} training and {len(evaluation):,} held-out problems; run folder {run.folder}"
+    )
     if warmup and checkpoint is None:
+        display.note(f"warm start: {config.warmup_steps} supervised steps on {len(warmup)} worked examples")
         encoded = [data.encode_example(e, tokenizer, suffix=config.prompt_suffix, examples=examples) for e in warmup]
         supervised_steps(policy, encoded, config, display)
     setup = Setup(
@@ -474,10 +481,6 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
         ),
         evaluation, state,
     )
-    display.note(
-        f"{config.model} on {device}, {sum(p.numel() for p in policy.parameters() if p.requires_grad):,} trained "
-        f"parameters; {len(training):,} training and {len(evaluation):,} held-out problems; run folder {run.folder}"
-    )
     if warmup and checkpoint is None:
         save_checkpoint(setup, config, run)  # the warm start is paid for: a resume need not repeat it
     return setup
@@ -485,6 +488,7 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
 
 def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
     """Return training and held-out problems, which never share a problem's text."""
+
     def load(source: str) -> list[Problem]:
         return data.load_problems(source, check_answers=check_answer, skip_bad_rows=config.skip_bad_rows)
 

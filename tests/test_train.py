@@ -336,6 +336,7 @@ def test_parquet_in_verl_layout_trains(base_model, run_train, tmp_path):
           "--max-prompt-tokens", "3"], "--max-prompt-tokens"),
         (["--engine", "vllm"], "engine is vllm"),
         (["--device", "cuda:99x"], "device is cuda:99x"),
+        (["--preset", "recipe"], "it reads no words; use --preset toy"),
         (["--device", "mps"], "only cpu and cuda are supported"),
         (["--model", "MODEL"], "data is missing: give --data"),
         (["--stages", "10:1.0"], "STEPS:TEMPERATURE:TOKENS"),
