@@ -755,7 +755,7 @@ class Run:
 
     def log_metrics(self, step: int, metrics: dict[str, float | None]) -> None:
         self._append("metrics.jsonl", [metrics])
-        self.track({name: value for name, value in metrics.items() if value is not None}, step)
+        self.track({name: value for name, value in metrics.items() if value is not None and name != "step"}, step)
 
     def log_evaluation(self, step: int, result: Evaluation) -> None:
         self._append("evaluations.jsonl", [{"step": step, **asdict(result)}])
@@ -820,6 +820,7 @@ def start_tracker(config: Config, folder: Path) -> Callable[[dict[str, float], i
                 writer.flush()
 
             return write
+        os.environ.setdefault("WANDB_DIR", str(folder))
         tracker = importlib.import_module(config.track)
     except ImportError as error:
         raise DataError(f"track is {config.track}: not installed ({error}); pip install {config.track}") from error
