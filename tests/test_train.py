@@ -22,6 +22,7 @@ from polaris_mini import PRESETS, Config
 ROOT = Path(__file__).parents[1]
 SMALL = ["--warmup-steps", "30", "--prompts-per-step", "8", "--group-size", "4", "--max-response-tokens", "40",
          "--eval-problems", "8", "--eval-rollouts", "2", "--eval-every", "2", "--checkpoint-every", "2"]
+STEPS = 9  # enough that a kill or Ctrl-C after the first ones comes before the last
 METRICS = [
     "step", "stage", "reward/mean", "reward/solve_none", "reward/solve_all", "batch/informative", "batch/rescued",
     "batch/substituted", "response/tokens_mean", "response/tokens_max", "response/truncated", "sampling/temperature",
@@ -47,9 +48,9 @@ def run_train(environment):
 
 @pytest.fixture(scope="session")
 def finished(run_train, tmp_path_factory) -> Path:
-    """Five steps that nothing disturbed."""
+    """A run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    result = run_train(*SMALL, "--steps", 5, "--run-dir", folder)
+    result = run_train(*SMALL, "--steps", STEPS, "--run-dir", folder)
     assert result.returncode == 0, result.stderr
     assert "before" in result.stdout
     assert "--resume" in result.stdout
@@ -86,22 +87,22 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
 
 def test_run_folder_holds_what_the_readme_says(finished):
     metrics = lines(finished / "metrics.jsonl")
-    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5]
+    assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
     for m in metrics:
-        evaluated = ["eval/avg_at_k", "eval/pass_at_k"] if m["step"] in (2, 4, 5) else []
+        evaluated = ["eval/avg_at_k", "eval/pass_at_k"] if m["step"] in (2, 4, 6, 8, 9) else []
         assert list(m) == METRICS + evaluated
-    assert [e["step"] for e in lines(finished / "evaluations.jsonl")] == [0, 2, 4, 5]
+    assert [e["step"] for e in lines(finished / "evaluations.jsonl")] == [0, 2, 4, 6, 8, 9]
     rollouts = lines(finished / "rollouts.jsonl")
-    assert len(rollouts) == 5 * 8 * 4
+    assert len(rollouts) == STEPS * 8 * 4
     assert set(rollouts[0]) == {
         "step", "problem_id", "response", "answer", "reward", "reason", "tokens", "finish_reason"}
     for m in metrics:
         rewards = [r["reward"] for r in rollouts if r["step"] == m["step"]]
         assert m["reward/mean"] == pytest.approx(sum(rewards) / len(rewards))
-    assert len(lines(finished / "scores.jsonl")) == 5 * 8
-    assert json.loads((finished / "config.json").read_text())["stages"][0]["steps"] == 5
+    assert len(lines(finished / "scores.jsonl")) == STEPS * 8
+    assert json.loads((finished / "config.json").read_text())["stages"][0]["steps"] == STEPS
     assert (finished / "plots" / "run.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step_000004", "step_000005"]
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step_000008", "step_000009"]
 
 
 def test_every_metric_is_defined_in_the_readme():
@@ -111,7 +112,7 @@ def test_every_metric_is_defined_in_the_readme():
 
 
 def test_checkpoint_is_a_hugging_face_model(finished):
-    folder = finished / "checkpoints" / "step_000005"
+    folder = finished / "checkpoints" / "step_000009"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "1 + 2"}], add_generation_prompt=True,
                                            return_tensors="pt", return_dict=True)
@@ -142,53 +143,53 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
 
 
 def test_killed_run_resumes_bit_identical(finished, environment, run_train, tmp_path):
-    """Killed without warning after step 3 of 5: step 3 is repeated from the checkpoint of step 2."""
+    """Killed without warning after step 3 of 9: step 3 is repeated from the checkpoint of step 2."""
     folder = tmp_path / "killed"
-    process = start([*SMALL, "--steps", 5, "--run-dir", folder], environment)
+    process = start([*SMALL, "--steps", STEPS, "--run-dir", folder], environment)
     wait_for_step(folder, 3, process)
     process.kill()
     process.communicate()
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) < 5
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) < STEPS
     result = run_train("--resume", folder)
     assert result.returncode == 0, result.stderr
-    assert_same_run(finished, folder, 5)
+    assert_same_run(finished, folder, STEPS)
 
 
 def test_interrupted_run_saves_and_says_how_to_go_on(finished, environment, run_train, tmp_path):
     folder = tmp_path / "interrupted"
-    process = start([*SMALL, "--steps", 5, "--run-dir", folder], environment)
+    process = start([*SMALL, "--steps", STEPS, "--run-dir", folder], environment)
     wait_for_step(folder, 1, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert f"python train.py --resume {folder}" in out
     done = len(lines(folder / "metrics.jsonl"))
-    assert 1 <= done < 5
+    assert 1 <= done < STEPS
     assert (folder / "checkpoints" / f"step_{done:06d}").is_dir()
     assert run_train("--resume", folder).returncode == 0
-    assert_same_training(finished, folder, 5)  # an evaluation may have been dropped
+    assert_same_training(finished, folder, STEPS)  # an evaluation may have been dropped
 
 
 def test_longer_training_of_a_finished_run(finished, run_train, tmp_path):
     folder = tmp_path / "longer"
     shutil.copytree(finished, folder)
-    result = run_train("--resume", folder, "--steps", 6, "--lr", 5e-5)
+    result = run_train("--resume", folder, "--steps", STEPS + 1, "--lr", 5e-5)
     assert result.returncode == 0, result.stderr
-    assert [m["step"] for m in lines(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-    state = torch.load(folder / "checkpoints" / "step_000006" / "trainer_state.pt", weights_only=True)
+    assert [m["step"] for m in lines(folder / "metrics.jsonl")] == list(range(1, STEPS + 2))
+    state = torch.load(folder / "checkpoints" / f"step_{STEPS + 1:06d}" / "trainer_state.pt", weights_only=True)
     assert state["optimizer"]["param_groups"][0]["lr"] == 5e-5  # a new --lr is obeyed
 
 
 def test_log_lines_after_the_checkpoint_are_dropped_and_a_cut_line_too(finished, run_train, tmp_path):
     folder = tmp_path / "cut"
     shutil.copytree(finished, folder)
-    shutil.rmtree(folder / "checkpoints" / "step_000005")
+    shutil.rmtree(folder / "checkpoints" / "step_000009")
     for name in ("metrics.jsonl", "rollouts.jsonl", "scores.jsonl"):
         with (folder / name).open("a") as file:
-            file.write('{"step": 5, "id": "cut o')
+            file.write('{"step": 9, "id": "cut o')
     result = run_train("--resume", folder)
     assert result.returncode == 0, result.stderr
-    assert_same_run(finished, folder, 5)
+    assert_same_run(finished, folder, STEPS)
 
 
 def test_switched_off_mechanisms_do_nothing_and_a_tracker_listens(run_train, tmp_path):
@@ -234,7 +235,7 @@ def test_toy_warm_start_sees_training_problems_only(environment, monkeypatch):
 def base_model(tmp_path_factory, finished) -> Path:
     """A checkpoint as somebody else's model, without a chat template."""
     folder = tmp_path_factory.mktemp("models") / "base"
-    source = finished / "checkpoints" / "step_000005"
+    source = finished / "checkpoints" / "step_000009"
     AutoModelForCausalLM.from_pretrained(source).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.chat_template = None
@@ -292,7 +293,7 @@ def test_dropped_evaluation_is_made_up_for_by_a_resume(finished, run_train, tmp_
     folder = tmp_path / "no_evaluation"
     shutil.copytree(finished, folder)
     path = folder / "evaluations.jsonl"
-    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if '"step": 5' not in line))
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if '"step": 9' not in line))
     assert run_train("--resume", folder).returncode == 0
     assert lines(path) == lines(finished / "evaluations.jsonl")
 
