@@ -32,11 +32,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import data
 import torch
 import torch.nn.functional as F
 import tyro
-from data import DataError, ProblemSampler
 from rich.console import Console
 from rich.progress import (
     BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn,
@@ -46,6 +44,8 @@ from rich.text import Text
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
+import data
+from data import DataError, ProblemSampler
 from polaris_mini import (
     PRESETS, Config, Group, Problem, Rollout, Stage, advantages, distinct_n, mastered, policy_loss, rescue, substitute,
 )
@@ -468,10 +468,6 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
         f"{config.model} on {device}, {sum(p.numel() for p in policy.parameters() if p.requires_grad):,} trained "
         f"parameters; {len(training):,} training and {len(evaluation):,} held-out problems; run folder {run.folder}"
     )
-    if warmup and checkpoint is None:
-        display.note(f"warm start: {config.warmup_steps} supervised steps on {len(warmup)} worked examples")
-        encoded = [data.encode_example(e, tokenizer, suffix=config.prompt_suffix, examples=examples) for e in warmup]
-        supervised_steps(policy, encoded, config, display)
     setup = Setup(
         tokenizer, policy, optimizer,
         HFEngine(policy, tokenizer, rollouts_per_batch=config.rollouts_per_batch, dtype=resolve_dtype(config, device)),
@@ -482,6 +478,9 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
         evaluation, state,
     )
     if warmup and checkpoint is None:
+        display.note(f"warm start: {config.warmup_steps} supervised steps on {len(warmup)} worked examples")
+        encoded = [data.encode_example(e, tokenizer, suffix=config.prompt_suffix, examples=examples) for e in warmup]
+        supervised_steps(policy, encoded, config, display)
         save_checkpoint(setup, config, run)  # the warm start is paid for: a resume need not repeat it
     return setup
 
@@ -737,7 +736,7 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.track: Callable[[dict[str, float], int], None] = lambda metrics, step: None
+        self.track: Callable[[dict[str, float], int], None]  # set by `start`
 
     def start(self, config: Config, step: int) -> None:
         """Make the folder, or in a resumed run forget what was logged after `step`: those steps come again."""
@@ -749,7 +748,7 @@ class Run:
         for name in ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl", "scores.jsonl"):
             path = self.folder / name
             rewound = path.with_name(path.name + ".tmp")
-            with rewound.open("w") as file:
+            with rewound.open("w") as file:  # at step 0 everything comes again, the first evaluation too
                 file.writelines(json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step != 0)
             os.replace(rewound, path)
 
