@@ -1,8 +1,12 @@
-"""Problems in, prompts out: load and validate problems, encode prompts, walk over epochs.
+"""Problems in, prompts out: load and validate problems, encode prompts, walk over epochs, filter by difficulty.
 
-A problem comes from a jsonl, json or parquet file, a hub data set or the toy world at the end of this file. What is
-wrong with a row is said at once, with file, row, value and fix: a problem without its answer, or two problems with one
-id, would train without an error and teach nonsense.
+    python data.py measure --help                               # pass rates of a model, by rollout.py -> scores.jsonl
+    python data.py filter --scores scores.jsonl --out hard.jsonl
+    python data.py histogram scores.jsonl hard.jsonl            # how difficult, before and after
+
+A problem comes from a jsonl, json or parquet file, a hub data set or the toy world below. What is wrong with a row is
+said at once, with file, row, value and fix: a problem without its answer, or two problems with one id, would train
+without an error and teach nonsense.
 
 Left out: models (a tokenizer is all that a prompt needs), grading (`reward.py`), mixing and weighting of data sets,
 streaming (40,000 problems fit in memory), images, tool calls, conversations of several turns.
@@ -17,15 +21,17 @@ import math
 import os
 import random
 import re
+import sqlite3
 import sys
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeGuard, TypeVar, cast
 
-from polaris_mini import Config, Problem
+from polaris_mini import Config, Problem, Rollout, difficulty_histogram, histogram_verdict
 
 if TYPE_CHECKING:  # importing transformers takes seconds, which a typo in a file name should not cost
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -43,17 +49,19 @@ class DataError(ValueError):
 
 def load_problems(
     source: str, *, check_answers: Callable[[Sequence[str]], str | None] = lambda answers: None,
-    skip_bad_rows: bool = False,
+    skip_bad_rows: bool = False, seed: int = 0,
 ) -> list[Problem]:
-    """Load the problems of a jsonl, json or parquet file, or of a hub data set (`owner/name`, `owner/name:split`).
+    """Load the problems of a jsonl, json or parquet file, of a hub data set (`owner/name`, `owner/name:split`), or toy.
 
-    Two layouts are known: columns `problem` (or `question`) and `answer` (or `answers`), with optional `id` or `index`
-    and `pass_rate` or `difficulty` ("3/8"); and verl's `prompt`, `reward_model.ground_truth`, `extra_info.index`.
-    A row without an id gets one from its text, so that it keeps it when the file is sorted or cut. `check_answers` says
-    why answers cannot be graded, or None.
+    Two layouts are known: columns `problem` (or `question`) and `answer` (or `answers`), with optional `id` or `index`,
+    `system` and `pass_rate` or `difficulty` ("3/8"); and verl's `prompt`, `reward_model.ground_truth`, with optional
+    `extra_info.index` and `extra_info.pass_rate`. A row without an id gets one from its text, so that it keeps it when
+    the file is sorted or cut. `check_answers` says why answers cannot be graded, or None.
 
     Raises: DataError. With skip_bad_rows, unusable rows are left out and counted on stderr.
     """
+    if source in TOY_TERMS:
+        return toy_problems(TOY_PROBLEMS, seed, TOY_TERMS[source])
     places: dict[str, str] = {}  # id -> where it was first seen
 
     def convert(placed_row: tuple[str, object]) -> Problem:
@@ -68,6 +76,35 @@ def load_problems(
         return problem
 
     return _convert_all(_rows(source), convert, source, skip_bad_rows)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Read a jsonl file of our own, without a last line that a kill cut short; nothing if there is no file."""
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            yield from (json.loads(line) for line in file if line.endswith("\n"))
+
+
+def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Append to a jsonl file of our own, in place of a last line that a kill cut short."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        end = file.tell()
+        while end > 0:  # back to the end of the last whole line
+            file.seek(end - 1)
+            if file.read(1) == b"\n":
+                break
+            end -= 1
+        file.truncate(end)
+        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write beside and rename, so that a file of this name is always complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.unfinished")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
 
 
 def _convert_all(
@@ -98,7 +135,7 @@ def _rows(source: str) -> Iterator[tuple[str, object]]:
         return _file_rows(path)
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:\S+)?", source):
         return _hub_rows(source)
-    raise DataError(f"--data {_shown(source)} is neither a file nor the name of a hub data set: give a file "
+    raise DataError(f"{_shown(source)} is neither a file nor the name of a hub data set: give a file "
                     f"({', '.join(READERS)}) or owner/name")
 
 
@@ -181,12 +218,12 @@ READERS = {".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl, ".json": _read_json,
 
 def _problem(row: object, place: str) -> Problem:
     fields = _fields(row, place)
-    system = None
     if "reward_model" in fields:
         system, text = _chat_prompt(_get(fields, ("prompt",), place), place)
         truth = _get(_fields(fields["reward_model"], f"{place}, reward_model"), ("ground_truth",), place)
     else:
         text = _get_text(fields, ("problem", "question"), place).strip()
+        system = _get_text(fields, ("system",), place).strip() if fields.get("system") else None
         truth = _get(fields, ("answer", "answers"), place)
     problem_id = _given_id(fields, place) or hashlib.sha256(text.encode()).hexdigest()[:12]
     return Problem(problem_id, text, _answers(truth, place), _pass_rate(fields, place), system)
@@ -261,7 +298,10 @@ def _is_text(value: object) -> TypeGuard[str]:
 
 
 def _pass_rate(fields: Mapping[str, Any], place: str) -> float | None:
+    extra = fields.get("extra_info")
     value = fields.get("pass_rate")
+    if value is None and isinstance(extra, dict):
+        value = extra.get("pass_rate")
     share = re.fullmatch(r"(\d+)/(\d+)", str(fields.get("difficulty")))  # MATH's difficulty, a level, is none
     if value is None and share and int(share[2]) > 0:
         value = int(share[1]) / int(share[2])
@@ -359,8 +399,15 @@ def encode_prompts(
     Raises: DataError if a prompt is too long. With skip_bad_rows, such problems are left out and counted on stderr.
     """
 
+    unknown = None
+    if tokenizer.chat_template == TOY_TEMPLATE:  # it reads sums, no words
+        suffix, unknown = "", tokenizer.convert_tokens_to_ids("<|unk|>")
+
     def fill_in(encoded: tuple[Problem, list[int]]) -> Problem:
         problem, tokens = encoded
+        if unknown in tokens:
+            raise DataError(f"problem {problem.id}: is {_shown(problem.text)}, but the toy model reads sums only: "
+                            "give another --model, or --data toy")
         if len(tokens) > max_prompt_tokens:
             raise DataError(f"problem {problem.id}: the prompt has {len(tokens)} tokens, more than {max_prompt_tokens}:"
                             " raise --max-prompt-tokens")
@@ -448,12 +495,12 @@ class ProblemSampler:
         self._position = 0
 
     def __len__(self) -> int:
-        return len(self._left())
+        return len(self.problems())
 
     def peek(self, count: int) -> list[Problem]:
         """Return the next batch without moving on."""
         epoch, start = self._next_start(count)
-        order = self._left()
+        order = self.problems()
         random.Random(f"{self._seed}/{epoch}").shuffle(order)  # depends on nothing else, so a resume can repeat it
         return order[start : start + count]
 
@@ -464,9 +511,9 @@ class ProblemSampler:
 
     def remove(self, ids: Collection[str], *, at_least: int) -> bool:
         """Drop problems for good and start a new epoch over the others; False, and no change, if too few are left."""
-        if sum(problem.id not in ids for problem in self._left()) < at_least:
+        if sum(problem.id not in ids for problem in self.problems()) < at_least:
             return False
-        dropped = {problem.id for problem in self._left()} & set(ids)
+        dropped = {problem.id for problem in self.problems()} & set(ids)
         if dropped:
             self._removed |= dropped
             self._epoch, self._position = self._epoch + 1, 0
@@ -488,7 +535,8 @@ class ProblemSampler:
         self._seed, self._epoch, self._position = state["seed"], state["epoch"], state["position"]
         self._removed = set(state["removed"])
 
-    def _left(self) -> list[Problem]:
+    def problems(self) -> list[Problem]:
+        """Return the problems that have not left."""
         return [problem for problem in self._problems if problem.id not in self._removed]
 
     def _next_start(self, count: int) -> tuple[int, int]:
@@ -504,6 +552,75 @@ class ProblemSampler:
         return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
+class Sink(MutableMapping[str, Rollout]):
+    """Keep the latest correct rollout of each problem on disk (None: in memory), where 30,000 long ones have room.
+
+    Rows know their step, so that a run resumed at a checkpoint finds exactly what was there then.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._pending: dict[str, Rollout] = {}
+        try:
+            self._database = sqlite3.connect(path or ":memory:")
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS rollouts (problem_id TEXT, step INTEGER, prompt_tokens BLOB, "
+                "response_tokens BLOB, sampler_logprobs BLOB, text BLOB, finish_reason TEXT, reward REAL, reason BLOB, "
+                "PRIMARY KEY (problem_id, step))")
+        except sqlite3.Error as error:
+            raise DataError(f"{path}: cannot be used ({error}): check the folder and the disk, or, to go on without "
+                            "the rollouts in it, delete the file") from error
+
+    def __setitem__(self, problem_id: str, rollout: Rollout) -> None:
+        self._pending[problem_id] = rollout
+
+    def __getitem__(self, problem_id: str) -> Rollout:
+        if problem_id in self._pending:
+            return self._pending[problem_id]
+        query = "SELECT * FROM rollouts WHERE problem_id = ? ORDER BY step DESC LIMIT 1"
+        row = self._database.execute(query, (problem_id,)).fetchone()
+        if row is None:
+            raise KeyError(problem_id)
+        _, _, prompt, response, logprobs, text, finish_reason, reward, reason = row
+        return Rollout(problem_id, tuple(array("i", prompt)), array("i", response).tolist(),
+                       array("d", logprobs).tolist(), text.decode(errors="surrogatepass"), finish_reason, reward,
+                       reason.decode(errors="surrogatepass"))  # fmt: skip
+
+    def __delitem__(self, problem_id: str) -> None:
+        raise NotImplementedError("a sink forgets by rewind and prune only")
+
+    def __iter__(self) -> Iterator[str]:
+        stored = self._database.execute("SELECT DISTINCT problem_id FROM rollouts")
+        return iter({problem_id for (problem_id,) in stored} | self._pending.keys())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def commit(self, step: int) -> None:
+        """Write what was set since the last commit, as of this step: all of it, or nothing if the process dies."""
+        rows = (
+            (problem_id, step, array("i", r.prompt_tokens).tobytes(), array("i", r.response_tokens).tobytes(),
+             array("d", r.sampler_logprobs).tobytes(),  # 64 bits: what comes back is what was put in
+             r.text.encode(errors="surrogatepass"), r.finish_reason, r.reward, r.reason.encode(errors="surrogatepass"))
+            for problem_id, r in self._pending.items()
+        )  # fmt: skip
+        with self._database:
+            self._database.executemany("INSERT OR REPLACE INTO rollouts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        self._pending = {}
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after this step."""
+        self._pending = {}
+        with self._database:
+            self._database.execute("DELETE FROM rollouts WHERE step > ?", (step,))
+
+    def prune(self, oldest_step: int) -> None:
+        """Delete what no rewind to this step or a later one needs: what was replaced up to this step."""
+        with self._database:
+            self._database.execute(
+                "DELETE FROM rollouts WHERE EXISTS (SELECT * FROM rollouts AS newer WHERE newer.problem_id = "
+                "rollouts.problem_id AND newer.step > rollouts.step AND newer.step <= ?)", (oldest_step,))
+
+
 # -------------------------------------------------------------------------- the toy world
 
 TOY_SPECIAL = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -517,14 +634,24 @@ TOY_TEMPLATE = (
 )
 
 
-def toy_problems(count: int, seed: int) -> list[Problem]:
-    """Make different sums such as "12 + 3 + 7", of 2 to 8 terms from 1 to 12; the id is the text."""
+TOY_PROBLEMS = 768
+TOY_TERMS = {"toy": range(2, 13), "toy-long": range(13, 19)}
+"""Names of data sets -> number of terms of their sums."""
+
+
+def toy_cache() -> Path:
+    """Return the folder that keeps toy models after their warm start."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polaris-mini"
+
+
+def toy_problems(count: int, seed: int, terms: Sequence[int] = TOY_TERMS["toy"]) -> list[Problem]:
+    """Make different sums such as "12 + 3 + 7", of so many terms from 1 to 12; the id is the text."""
     rng = random.Random(f"toy problems {seed}")
     problems: dict[str, Problem] = {}
     while len(problems) < count:
-        terms = [rng.randint(1, 12) for _ in range(rng.randint(2, 8))]
-        text = " + ".join(map(str, terms))
-        problems[text] = Problem(text, text, (str(sum(terms)),))
+        numbers = [rng.randint(1, 12) for _ in range(rng.choice(terms))]
+        text = " + ".join(map(str, numbers))
+        problems[text] = Problem(text, text, (str(sum(numbers)),))
     return list(problems.values())
 
 
@@ -564,3 +691,161 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=backend, pad_token="<|pad|>", eos_token="<|end|>", chat_template=TOY_TEMPLATE,
         extra_special_tokens=["<|user|>", "<|assistant|>"], clean_up_tokenization_spaces=False,
     )  # fmt: skip
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measure the pass rate of each problem with the model to be trained: see `measure --help`."""
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Keep the problems whose pass rate is in a range, by default all but those that were always solved."""
+
+    scores: str
+    """Problems with pass rates: what measure wrote, or any file or hub set with pass_rate or difficulty ("3/8")."""
+    out: Path
+    """File to write: .jsonl or .parquet."""
+    min_pass_rate: float = 0.0
+    """Lowest pass rate to keep."""
+    max_pass_rate: float = 0.999
+    """Highest pass rate to keep. The default removes 8/8 only. Source: blog, data difficulty."""
+    layout: Literal["plain", "verl"] = "plain"
+    """plain: columns id, problem, answers, pass_rate. verl: as the released data, which the original trainer reads."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be used (and say how many) instead of ending with an error."""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Count the problems by pass rate, 0/8 to 8/8, and draw the counts of all files beside each other."""
+
+    files: tuple[str, ...]
+    """Problems with pass rates, as for filter: one file, or several to compare."""
+    out: Path | None = None
+    """PNG to write. Default: beside the first file, with its name."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be used (and say how many) instead of ending with an error."""
+
+
+def filter_problems(options: Filter) -> None:
+    """Write the problems in the range of pass rates, and show the histograms before and after."""
+    low, high, out = options.min_pass_rate, options.max_pass_rate, options.out
+    if not 0 <= low <= high <= 1:
+        raise DataError(f"--min-pass-rate is {low}, --max-pass-rate {high}: give shares, 0 <= min <= max <= 1")
+    _check_output(out, ".jsonl", ".parquet")
+    if out.exists():
+        raise DataError(f"--out {out}: exists already: give another name, or delete it first")
+    scored = _load_scored(options.scores, options.skip_bad_rows)
+    rates = list(scored.values())
+    kept = {problem: rate for problem, rate in scored.items() if low <= rate <= high}
+    if not kept:
+        raise DataError(f"{options.scores}: no problem has a pass rate from {low} to {high}: widen the range")
+    rows = _output_rows(list(kept), options.layout)
+    if out.suffix == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        beside = out.with_name(f".{out.name}.unfinished")  # as in write_whole
+        parquet.write_table(pyarrow.Table.from_pylist(rows), beside)
+        os.replace(beside, out)
+    else:
+        write_whole(out, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+    print(f"{out}: kept {len(kept)} of {len(rates)} problems, removed {sum(rate < low for rate in rates)} below {low} "
+          f"and {sum(rate > high for rate in rates)} above {high}")
+    _show_histogram("before", difficulty_histogram(rates))
+    _show_histogram("after", difficulty_histogram(kept.values()))
+
+
+def draw_histograms(options: Histogram) -> None:
+    """Show the histogram of each file, and draw all of them into one PNG."""
+    from matplotlib.figure import Figure
+
+    if not options.files:
+        raise DataError("histogram has no file: give one, or several to compare")
+    out = options.out or Path(options.files[0]).with_suffix(".png")
+    _check_output(out, ".png")
+    named = {file: difficulty_histogram(_load_scored(file, options.skip_bad_rows).values()) for file in options.files}
+    for name, counts in named.items():
+        _show_histogram(name, counts)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    plot_histograms(figure.subplots(), named)
+    figure.savefig(out, dpi=110)
+    print(f"\n{out}")
+
+
+def plot_histograms(axis: Any, named: Mapping[str, Sequence[int]]) -> None:
+    """Draw difficulty histograms (name -> counts of problems, from none correct to all) as bars beside each other."""
+    width = 0.8 / len(named)
+    for i, (name, counts) in enumerate(named.items()):
+        places = [k + (i + 0.5) * width - 0.4 for k in range(len(counts))]
+        shares = [count / max(1, sum(counts)) for count in counts]
+        axis.bar(places, shares, width, label=f"{sum(counts)} problems: {name}")
+        axis.set_xticks(range(len(counts)), [f"{k}/{len(counts) - 1}" for k in range(len(counts))])
+    axis.set(xlabel="correct rollouts", ylabel="share of problems")
+    axis.legend()
+
+
+def _show_histogram(name: str, counts: Sequence[int]) -> None:
+    print(f"\n{name}, {sum(counts)} problems: {histogram_verdict(counts)}")
+    for k, count in enumerate(counts):
+        bar = "#" * round(50 * count / max(counts))
+        print(f"{k}/{len(counts) - 1} {count:8} {count / sum(counts):6.1%} {bar}".rstrip())
+
+
+def _load_scored(source: str, skip_bad_rows: bool) -> dict[Problem, float]:
+    scored = {}
+    for problem in load_problems(source, skip_bad_rows=skip_bad_rows):
+        if problem.pass_rate is None:
+            raise DataError(f"{source}: problem {problem.id} has no pass rate: measure first (python data.py measure)")
+        scored[problem] = problem.pass_rate
+    return scored
+
+
+def _check_output(path: Path, *suffixes: str) -> None:
+    if path.suffix not in suffixes:
+        raise DataError(f"--out {path}: give a name that ends in {' or '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise DataError(f"--out {path}: there is no folder {path.parent}: make it first")
+
+
+def _output_rows(problems: Sequence[Problem], layout: Literal["plain", "verl"]) -> list[dict[str, Any]]:
+    # A parquet column has one type and is there in every row: one row with a second answer makes lists of all.
+    if layout == "plain":
+        system = any(problem.system for problem in problems)
+        return [{"id": p.id, "problem": p.text, "answers": p.answers, "pass_rate": p.pass_rate}
+                | ({"system": p.system} if system else {}) for p in problems]  # fmt: skip
+    numbers = all(re.fullmatch("0|[1-9][0-9]{0,17}", problem.id) for problem in problems)
+    lists = any(len(problem.answers) > 1 for problem in problems)
+    return [
+        {"data_source": "",  # as in released files: the original trainer then takes its default reward
+         "prompt": [dict(sorted(turn.items())) for turn in _chat(p.text, p.system, Config.prompt_suffix, ())],
+         "ability": "math",
+         "reward_model": {"ground_truth": p.answers if lists else p.answers[0], "style": "rule"},
+         "extra_info": {"index": int(p.id) if numbers else p.id, "pass_rate": p.pass_rate, "split": "train"}}
+        for p in problems
+    ]  # fmt: skip
+
+
+def main(arguments: Sequence[str]) -> None:
+    import tyro
+
+    if arguments[:1] == ["measure"]:  # needs an engine, and imports go one way
+        os.execv(sys.executable, [sys.executable, str(Path(__file__).with_name("rollout.py")), *arguments])
+    commands: Any = Measure | Filter | Annotated[Histogram, tyro.conf.PositionalRequiredArgs]
+    options = tyro.cli(commands, args=arguments, prog="data.py", description=__doc__)
+    if isinstance(options, Filter):
+        filter_problems(options)
+    else:
+        draw_histograms(options)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (DataError, OSError) as error:
+        print(f"data.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -2,8 +2,9 @@
 
 What lives here: the types that the other modules pass around (`Problem`, `Rollout`, `Group`), the configuration
 (`Stage`, `Config`, `PRESETS`) and every mechanism of the recipe: rescue, substitution, advantages, the policy loss,
-the removal of mastered problems, diversity and pass@k. What does not: reading, generating, grading, optimizing. Those
-modules call these functions; `train.py` calls them in the order of the algorithm.
+the removal of mastered problems, plateaus, histograms of difficulty, zones of temperature, YaRN, diversity and pass@k.
+What does not: reading, generating, grading, optimizing. Those modules call these functions; `train.py` calls them in
+the order of the algorithm.
 
     python polaris_mini.py        # a tour: each mechanism on a handful of numbers
 
@@ -15,9 +16,11 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,27 +91,23 @@ class Stage:
     """A stretch of training with one temperature and one length limit."""
 
     steps: int = 100
-    """Steps (rollout batches) in this stage."""
-    temperature: float = 1.0
-    """Sampling temperature; log-probs are taken at the same one. POLARIS: from measured diversity, raised per stage."""
+    """Steps (rollout batches) in this stage, at most."""
+    temperature: float | Literal["auto"] = 1.0
+    """Sampling temperature; log-probs are taken at the same one. auto: chosen by a probe when the stage begins."""
     max_response_tokens: int = 4096
     """Response limit in tokens; a longer response is cut, scores 0 unless already answered, and is trained on."""
+    until: Literal["steps", "plateau"] = "steps"
+    """plateau: the stage ends earlier once its mean reward has stopped rising, see `plateaued`."""
+    reset_optimizer: bool = False
+    """Begin the stage with an empty optimizer state, as the release does: it merges the weights and starts again."""
 
 
 @dataclass(frozen=True)
-class Config:
-    """Every setting of a run. The defaults are the released training values, in one stage; presets change them."""
+class Common:
+    """Settings that training shares with the commands of rollout.py."""
 
-    preset: Literal["toy", "recipe"] = "recipe"
-    """Where the defaults come from: toy (tiny model, made-up sums, minutes on a CPU) or recipe (POLARIS's values)."""
     model: str = "toy"
     """A folder or hub name of a Hugging Face causal language model, or toy for the embedded tiny one."""
-    data: str = "toy"
-    """Problems: a jsonl, json or parquet file, a hub data set (owner/name, or owner/name:split), or toy."""
-    run_dir: str | None = None
-    """Folder of this run; made by training, never overwritten. Default: runs/<time>."""
-    resume: str | None = None
-    """Folder of an earlier run to go on with; its config is the default for every other option."""
     seed: int = 0
     """Seed of everything random; the same seed, machine and versions give the same run on a CPU."""
     device: str = "auto"
@@ -117,8 +116,6 @@ class Config:
     """Compute type. auto: bfloat16 on a GPU (trained weights stay float32), float32 on a CPU."""
     trust_remote_code: bool = False
     """Run Python code that a model's repository brings along. Only for repositories that you have read."""
-
-    # the data
     skip_bad_rows: bool = False
     """Leave out rows that cannot be used (and say how many) instead of ending with an error."""
     prompt_suffix: str = "Let's think step by step and output the final answer within \\boxed{}."
@@ -127,6 +124,37 @@ class Config:
     """jsonl file of worked examples (problem, response) that stand before each problem as chat turns."""
     max_prompt_tokens: int = 1024
     """Longest prompt in tokens. Source: release (1024)."""
+    engine: Literal["auto", "hf", "vllm"] = "auto"
+    """What generates. hf: the policy's own weights, by PyTorch. vllm: not in this version. auto: hf."""
+    rollouts_per_batch: int = 256
+    """Responses that the hf engine generates side by side: memory and speed. Another number draws other responses."""
+    require_think: bool = True
+    """With a model whose chat template knows <think>, grade only what follows </think>. Source: release."""
+    reward_workers: int = 2
+    """Processes that check answers."""
+    reward_timeout: float = 3.0
+    """Seconds that one answer may take to check before it counts as wrong."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_tokens", "rollouts_per_batch", "reward_workers"):
+            _need(self, getattr(self, name) >= 1, name, "give at least 1")
+        _need(self, 0 < self.reward_timeout < math.inf, "reward_timeout", "give a value above 0")
+
+
+@dataclass(frozen=True)
+class Config(Common):
+    """Every setting of a run. The defaults are the released training values, in one stage; presets change them."""
+
+    preset: str = "recipe"
+    """Where the defaults come from: a key of PRESETS. toy is a tiny model that learns sums, in minutes on a CPU."""
+    data: str = "toy"
+    """Problems: a jsonl, json or parquet file, a hub data set (owner/name, or owner/name:split), or toy."""
+    run_dir: str | None = None
+    """Folder of this run; made by training, never overwritten. Default: runs/<time>."""
+    resume: str | None = None
+    """Folder of an earlier run to go on with; its config is the default for every other option."""
+
+    # the evaluation
     eval_data: str | None = None
     """Problems for the evaluation, all of them. Default: eval_problems are held out from the training data."""
     eval_problems: int = 128
@@ -140,35 +168,34 @@ class Config:
 
     # the stages
     stages: tuple[Stage, ...] = (Stage(),)
-    """What changes over time, each as STEPS:TEMPERATURE:MAX_RESPONSE_TOKENS: 450:1.4:39936 150:1.45:48128."""
+    """What changes over time, each as STEPS:TEMPERATURE:MAX_RESPONSE_TOKENS[:plateau][:reset]: 450:1.4:39936."""
     steps: int | None = None
     """Total steps: cuts the stages short, or extends the last one."""
-    temperature: float | None = None
+    temperature: float | Literal["auto"] | None = None
     """Replaces the temperature of every stage."""
     max_response_tokens: int | None = None
     """Replaces the response limit of every stage."""
+    plateau_window: int = 25
+    """Steps over which a stage with `plateau` averages its reward: it ends when a window is no better than the last."""
+    probe_problems: int = 16
+    """Training problems on which an `auto` temperature is chosen, with group_size rollouts each."""
+    probe_temperatures: str = "0.4:1.6:0.1"
+    """START:END:STEP of the temperatures that are tried for a first stage; later ones try higher ones than the last."""
+    diversity_words: int = 500
+    """Words of each response that the fixed-length diversity looks at."""
 
     # sampling
-    engine: Literal["auto", "hf", "vllm"] = "auto"
-    """What generates. hf: the policy's own weights, by PyTorch. vllm: not in this version. auto: hf."""
     prompts_per_step: int = 128
     """P, problems in a rollout batch. Source: release (128); its author uses 32 to 64 on small machines (#4, #18)."""
     group_size: int = 8
     """G, rollouts per problem. Source: release (8)."""
-    rollouts_per_batch: int = 256
-    """Responses that the hf engine generates side by side: memory and speed. Another number draws other responses."""
-
-    # the reward
-    require_think: bool = True
-    """With a model whose chat template knows <think>, grade only what follows </think>. Source: release."""
-    reward_workers: int = 2
-    """Processes that check answers."""
-    reward_timeout: float = 3.0
-    """Seconds that one answer may take to check before it counts as wrong."""
 
     # the mechanisms
     rescue: bool = True
     """A group with no correct rollout borrows one that this problem once had. Source: blog, Rollout Rescue."""
+    rescue_ratio: Literal["on_policy", "stored"] = "on_policy"
+    """on_policy: a rescued response counts as one of today's policy, as in the order of the release (its old log-probs
+    are taken after it came in). stored: it is weighted by min(pi / pi of the policy that wrote it, 2)."""
     substitute: bool = True
     """Groups that teach nothing give their place to groups that do. Source: blog and release."""
     mastered_above: float = 0.9
@@ -245,23 +272,12 @@ class Config:
         object.__setattr__(self, "stages", stages)
         for folded in ("steps", "temperature", "max_response_tokens"):
             object.__setattr__(self, folded, None)
+        super().__post_init__()
         _check(self)
-
-    def stage_at(self, step: int) -> Stage | None:
-        """Return the stage of the step after `step` completed ones, or None when training is over."""
-        number = self.stage_number(step)
-        return self.stages[number - 1] if number <= len(self.stages) else None
-
-    def stage_number(self, step: int) -> int:
-        """Count the stages from 1; one more than there are when training is over."""
-        for number, stage in enumerate(self.stages, start=1):
-            if step < stage.steps:
-                return number
-            step -= stage.steps
-        return len(self.stages) + 1
 
     @property
     def total_steps(self) -> int:
+        """Steps of all stages; fewer come if a stage ends at a plateau."""
         return sum(stage.steps for stage in self.stages)
 
 
@@ -278,26 +294,31 @@ def _with_total_steps(stages: tuple[Stage, ...], total: int) -> tuple[Stage, ...
     return tuple(kept)
 
 
+def _need(settings: object, ok: bool, name: str, advice: str, value: object = None) -> None:
+    if not ok:
+        raise ValueError(f"{name} is {getattr(settings, name) if value is None else value}: {advice}")
+
+
 def _check(config: Config) -> None:
     def need(ok: bool, name: str, advice: str, value: object = None) -> None:
-        if not ok:
-            shown = getattr(config, name) if value is None else value
-            raise ValueError(f"{name} is {shown}: {advice}")
+        _need(config, ok, name, advice, value)
 
     need(len(config.stages) > 0, "stages", "give at least one stage")
     for number, stage in enumerate(config.stages, start=1):
         need(stage.steps >= 1, f"stages[{number}].steps", "give at least 1", stage.steps)
-        need(0 < stage.temperature < math.inf, "temperature",
-             "give a value above 0 (a greedy policy samples G equal responses, which teach nothing)", stage.temperature)
+        need(stage.temperature == "auto" or 0 < stage.temperature < math.inf, "temperature",
+             "give auto or a value above 0 (a greedy policy samples G equal responses, which teach nothing)",
+             stage.temperature)
         need(stage.max_response_tokens >= 1, "max_response_tokens", "give at least 1", stage.max_response_tokens)
     need(config.group_size >= 2, "group_size", "give at least 2, an advantage compares the rollouts of a group")
-    for name in ("prompts_per_step", "updates_per_batch", "rollouts_per_batch", "max_prompt_tokens", "reward_workers",
-                 "tokens_per_micro_batch", "logprob_chunk_tokens", "checkpoint_every", "keep_checkpoints",
-                 "eval_problems", "eval_rollouts", "warmup_steps", "warmup_batch"):
+    for name in ("prompts_per_step", "updates_per_batch", "tokens_per_micro_batch", "logprob_chunk_tokens",
+                 "checkpoint_every", "keep_checkpoints", "eval_problems", "eval_rollouts", "warmup_steps",
+                 "warmup_batch", "plateau_window", "probe_problems",
+                 "diversity_words"):
         need(getattr(config, name) >= 1, name, "give at least 1")
     need(config.updates_per_batch <= config.prompts_per_step, "updates_per_batch",
          f"give at most prompts_per_step ({config.prompts_per_step}), each update needs a group")
-    for name in ("lr", "warmup_lr", "reward_timeout", "max_grad_norm"):
+    for name in ("lr", "warmup_lr", "max_grad_norm"):
         need(0 < getattr(config, name) < math.inf, name, "give a value above 0")
     for name in ("weight_decay", "lora_rank"):
         need(getattr(config, name) >= 0, name, "give 0 or more")
@@ -311,26 +332,18 @@ def _check(config: Config) -> None:
     need(0 < config.clip_low < 1, "clip_low", "give a value between 0 and 1")
     need(config.clip_high > 0, "clip_high", "give a value above 0")
     need(config.dual_clip > 1, "dual_clip", "give a value above 1")
+    temperature_grid(config.probe_temperatures)
 
-
-PRESETS: dict[str, Config] = {
-    "recipe": Config(),
-    "toy": Config(
-        preset="toy", prompt_suffix="", max_prompt_tokens=64, stages=(Stage(100, 1.0, 96),),
-        prompts_per_step=32, lr=1e-4, eval_every=25, checkpoint_every=25,
-        warmup_steps=600, warmup_batch=32, warmup_lr=3e-3,
-    ),
-}  # fmt: skip
 
 # ---------------------------------------------------------------- the mechanisms
 
 
-def rescue(groups: Sequence[Group], sink: dict[str, Rollout], rng: random.Random) -> list[Group]:
+def rescue(groups: Sequence[Group], sink: MutableMapping[str, Rollout], rng: random.Random) -> list[Group]:
     """Put one correct rollout from the sink into each group that has none.
 
     The sink, updated in place, keeps one correct rollout per problem id, the latest. The group in which nothing was
-    correct loses one random failed rollout to it; every other group is returned as it came. The borrowed rollout
-    counts as on-policy: its old log-probs are those of the current policy, so its ratio starts at 1.
+    correct loses one random failed rollout to it; every other group is returned as it came. How much the borrowed one
+    counts, now that the policy is another, is `Config.rescue_ratio`.
 
     Source: blog, Rollout Rescue and its figure.
     Differs from the release: there it was announced but never published.
@@ -403,12 +416,152 @@ def policy_loss(
     return loss, (clipped > plain) | too_large
 
 
+def truncated_ratio(logprobs: Tensor, sampler_logprobs: Tensor, cap: float = 2.0) -> Tensor:
+    """Weigh tokens that another policy drew: (N,), min(exp(logprobs - sampler_logprobs), cap), without a gradient.
+
+    Source: truncated importance sampling (fengyao.notion.site/off-policy-rl; cap 2).
+    """
+    return (logprobs - sampler_logprobs).detach().clamp(max=20).exp().clamp(max=cap)
+
+
 def mastered(scores: Mapping[str, Sequence[float]], above: float) -> set[str]:
     """Name the problems whose mean score in a stage is above the limit. Problems without a score are not named.
 
     Source: blog (accuracy above 0.9 leaves between stages); release (plain mean of the stage's scores).
     """
     return {problem_id for problem_id, values in scores.items() if values and statistics.fmean(values) > above}
+
+
+def plateaued(rewards: Sequence[float], window: int) -> bool:
+    """Tell whether a stage's mean reward has stopped rising: its last `window` steps are no better than those before.
+
+    >>> plateaued([0.1, 0.2, 0.3, 0.4], window=2), plateaued([0.1, 0.2, 0.2, 0.1], window=2)
+    (False, True)
+    """
+    if len(rewards) < 2 * window:
+        return False
+    return statistics.fmean(rewards[-window:]) <= statistics.fmean(rewards[-2 * window : -window])
+
+
+# ---------------------------------------------------------- difficulty, temperature, length
+
+
+def difficulty_histogram(pass_rates: Iterable[float], rollouts: int = 8) -> list[int]:
+    """Count problems by correct rollouts: (rollouts + 1,), from none correct to all. Pass rates go to the nearest."""
+    counts = Counter(math.floor(rate * rollouts + 0.5) for rate in pass_rates)
+    return [counts[k] for k in range(rollouts + 1)]
+
+
+def histogram_verdict(counts: Sequence[int]) -> Literal["mirrored J", "J", "U", "flat"]:
+    """Name a histogram's shape: mirrored J (most mass at 0) is what a model can learn from, J is too easy for it.
+
+    An end counts if it is a quarter above the mean of the bins between, and leads if it is a quarter above the other
+    end. Where all-correct problems were removed, the next bin is the upper end.
+
+    >>> histogram_verdict([13828, 3751, 2972, 2845, 2789, 2469, 2564, 2816, 6107])
+    'mirrored J'
+
+    Source: blog, the histograms of its section on data difficulty; the margins are ours.
+    """
+    if counts[-1] == 0:
+        counts = counts[:-1]
+    low, *between, high = counts
+    middle = statistics.fmean(between)
+    if low > 1.25 * max(middle, high):
+        return "mirrored J"
+    if high > 1.25 * max(middle, low):
+        return "J"
+    return "U" if min(low, high) > 1.25 * middle else "flat"
+
+
+def temperature_grid(text: str) -> list[float]:
+    """Read START:END:STEP, end included, or a comma-separated list.
+
+    >>> temperature_grid("0.2:0.8:0.2")
+    [0.2, 0.4, 0.6, 0.8]
+
+    Raises: ValueError.
+    """
+    try:
+        if ":" in text:
+            start, end, step = map(float, text.split(":"))
+            grid = [round(start + i * step, 6) for i in range(math.floor((end - start) / step + 1e-6) + 1)]
+        else:
+            grid = [float(word) for word in text.split(",")]
+    except (ValueError, ZeroDivisionError, OverflowError):
+        grid = []
+    if not grid or not all(0 < a < b < 10 for a, b in pairwise([*grid, 9.9])):
+        raise ValueError(f"temperatures is {text}: give START:END:STEP or a list, rising and above 0: 0.2:1.8:0.2")
+    return grid
+
+
+@dataclass(frozen=True)
+class Zones:
+    """The borders between the three zones of accuracy over temperature. Beyond the second, it collapses."""
+
+    robust_until: float
+    """Robust Generation: the last temperature at which accuracy is still as good as the best."""
+    exploration_until: float
+    """Controlled Exploration: the last one at which accuracy is above 80 % of the best."""
+
+
+def temperature_zones(accuracy: Mapping[float, float], noise: Mapping[float, float] | None = None) -> Zones:
+    """Find the zones of a curve, temperature -> accuracy. As good as the best: within 1 %, or within the noise.
+
+    noise: temperature -> standard error of the difference to the best accuracy, where it is known.
+
+    Source: blog, the zones of its section on temperature. That 1 % and 80 % give its borders is our reading.
+    """
+    best = max(accuracy.values())
+    exploration = max(t for t, value in accuracy.items() if value >= 0.8 * best)
+    tolerance = {t: max(0.01 * best, (noise or {}).get(t, 0.0)) for t in accuracy}
+    robust = max(t for t, value in accuracy.items() if value >= best - tolerance[t] and t <= exploration)
+    return Zones(robust, exploration)
+
+
+def pick_temperature(
+    accuracy: Mapping[float, float], diversity: Mapping[float, float], *, match: float | None = None,
+    noise: Mapping[float, float] | None = None,
+) -> float:
+    """Choose a stage's temperature from a probe: curves of temperature -> accuracy and temperature -> diversity.
+
+    A first stage takes the border of robust generation: the most diversity that costs no accuracy. A later one takes
+    the lowest temperature whose diversity, interpolated, reaches `match`, that of the first stage before training;
+    where none does, or only beyond controlled exploration, the end of controlled exploration.
+
+    Source: blog, temperature of the first stage and its rise in later ones.
+    """
+    zones = temperature_zones(accuracy, noise)
+    if match is None:
+        return zones.robust_until
+    curve = sorted(diversity.items())
+    reached = [curve[0][0]] if curve[0][1] >= match else []
+    for (t0, d0), (t1, d1) in pairwise(curve):
+        if d0 < match <= d1:
+            reached.append(round(t0 + (t1 - t0) * (match - d0) / (d1 - d0), 2))
+    return min([*reached, zones.exploration_until])
+
+
+def yarn_config(
+    factor: float, original_max_positions: int, *, engine: Literal["hf", "vllm"], attention_scale: float = 1.0
+) -> dict[str, Any]:
+    """Make the rope settings that stretch a model's positions by `factor`, at inference.
+
+    The engines name the attention scale differently: transformers takes it as it is (attention_factor), vLLM multiplies
+    its attn_factor by 0.1 ln(factor) + 1. Here it is the same for both.
+
+    >>> round(yarn_config(1.5, 65536, engine="vllm")["attn_factor"], 4)
+    0.961
+
+    Source: YaRN (arXiv 2309.00071); blog (factor 1.5, at inference only, without attention scaling).
+    Differs from the release: its attn_factor of 1.0 leaves vLLM's own scale, 1.0405, switched on.
+    """
+    rope: dict[str, Any] = {
+        "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original_max_positions,
+    }  # fmt: skip
+    if engine == "hf":
+        return {**rope, "attention_factor": attention_scale}
+    return {**rope, "attn_factor": attention_scale / (0.1 * math.log(factor) + 1)}
 
 
 # -------------------------------------------------------------- what is measured
@@ -434,6 +587,19 @@ def distinct_n(texts: Sequence[str], n: int = 4) -> float:
     return len(seen) / total if total else 0.0
 
 
+def mean_distinct_n(responses: Iterable[Sequence[str]], n: int = 4, words: int | None = None) -> float:
+    """Average `distinct_n` over problems, each with its responses.
+
+    With `words`, at a fixed length: of the first `words` words of each response, over the problems whose responses all
+    have that many; nan where no problem has.
+    """
+    if words is not None:
+        split = [[text.split() for text in texts] for texts in responses]
+        responses = [[" ".join(text[:words]) for text in texts] for texts in split if min(map(len, texts)) >= words]
+    values = [distinct_n(texts, n) for texts in responses]
+    return statistics.fmean(values) if values else math.nan
+
+
 def pass_at_k(correct: int, rollouts: int, k: int) -> float:
     """Estimate the chance that at least one of k rollouts is correct, without bias, from `rollouts` >= k of them.
 
@@ -448,15 +614,55 @@ def pass_at_k(correct: int, rollouts: int, k: int) -> float:
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and the half width of its 95 % interval (normal approximation).
+    """Return the mean and the half width of its 95 % interval, by Student's t.
 
     Give one value per problem, not per rollout: the rollouts of a problem are not independent.
     """
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, float("nan")
-    return mean, 1.96 * statistics.stdev(values) / math.sqrt(len(values))
+    mean, freedom = statistics.fmean(values), len(values) - 1
+    if freedom < 1:
+        return mean, math.nan
+    t95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+    t = t95[freedom - 1] if freedom <= len(t95) else 1.96 + 2.5 / freedom  # within 0.015
+    return mean, t * statistics.stdev(values) / math.sqrt(len(values))
 
+
+# ------------------------------------------------------------------- the presets
+
+HUB_DATA = "POLARIS-Project/Polaris-Dataset-53K"
+"""The published problems without those that R1-Distill-Qwen-7B always solved. Filter them again with your own model."""
+
+
+def _published(model: str, stages: Sequence[tuple[int, float, int]]) -> Config:
+    """Make a preset of the release: stages as steps, temperature, tokens; each begins from merged weights."""
+    first, *later = (Stage(*stage) for stage in stages)
+    later = [replace(stage, reset_optimizer=True) for stage in later]
+    return Config(model=model, data=HUB_DATA, stages=(first, *later))
+
+
+PRESETS = {
+    "recipe": Config(),
+    "polaris-4b": _published("Qwen/Qwen3-4B", [(450, 1.4, 39936), (150, 1.45, 48128), (100, 1.5, 52224)]),
+    "polaris-7b": _published(
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", [(520, 0.7, 15360), (370, 1.0, 23552), (590, 1.1, 31744)]
+    ),
+    # 500 steps in all; where the second stage began is not published
+    "polaris-1.7b": _published("Qwen/Qwen3-1.7B", [(350, 1.5, 39936), (150, 1.55, 48128)]),
+}
+_WORKSTATION: dict[str, Any] = {
+    "prompts_per_step": 32, "max_response_tokens": 32768, "lora_rank": 32, "lr": 1e-5, "optimizer": "adamw8bit",
+    "gradient_checkpointing": True, "tokens_per_micro_batch": 33792, "logprob_chunk_tokens": 512,
+}  # fmt: skip
+"""Source: the release's author on small machines (issues #4, #18: batch 32, up to 32768 tokens); LoRA is ours."""
+PRESETS |= {
+    "rtx-24gb": replace(PRESETS["polaris-1.7b"], **_WORKSTATION),
+    "rtx-2x24gb": replace(PRESETS["polaris-4b"], **_WORKSTATION),
+    "toy": Config(
+        max_prompt_tokens=64, stages=(Stage(60, 1.0, 80), Stage(60, 1.1, 128)),
+        prompts_per_step=32, diversity_words=12, lr=1e-4, eval_every=20, checkpoint_every=20,
+        warmup_steps=600, warmup_batch=32, warmup_lr=3e-3,
+    ),
+}  # fmt: skip
+PRESETS = {name: replace(preset, preset=name) for name, preset in PRESETS.items()}
 
 # ---------------------------------------------------------------------- the tour
 

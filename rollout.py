@@ -1,4 +1,9 @@
-"""Rollouts: the engine that generates responses, and what is done with it: groups for training, evaluation.
+"""Rollouts: the engine that generates responses, and what is done with it: groups, evaluation, temperature probes.
+
+    python rollout.py eval --model M --data FILE [FILE...]       # avg@k, pass@k, by length, with YaRN if asked
+    python rollout.py probe --model M --data FILE                # accuracy and diversity over temperature
+    python rollout.py measure --model M --data FILE --out SCORES # each problem's pass rate (as data.py measure)
+    python rollout.py eval --help                                # every option
 
 An engine has the same few methods whatever it runs on: `sync` takes the policy's weights, `generate` turns prompts
 into responses. The Hugging Face engine below is the policy itself, decoded with a key-value cache by plain PyTorch:
@@ -10,17 +15,29 @@ Left out: paged attention, continuous batching, CUDA graphs. They are a serving 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import random
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase,
+)
 
-from polaris_mini import Group, Problem, Rollout, mean_and_interval, pass_at_k
-from reward import RewardPool
+import data
+from data import DataError
+from polaris_mini import (
+    Common, Group, Problem, Rollout, Zones, mean_and_interval, mean_distinct_n, pass_at_k, pick_temperature,
+    temperature_grid, temperature_zones, yarn_config,
+)
+from reward import RewardPool, check_answer
 
 # -------------------------------------------------------------- models from disk or hub
 
@@ -45,17 +62,24 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def load_model(
-    name: str, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+    name: str, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False,
+    rope: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model from a folder or the hub.
+    """Load a causal language model from a folder or the hub, with other rope settings (see `yarn_config`) if given.
 
     Raises: ModelError if the folder has no weights or the model cannot be loaded.
     """
     weights = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
     _check_folder(name, weights, "safetensors weights")
     try:
+        settings = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if rope is not None:
+            text = settings.get_text_config()
+            text.rope_parameters = {**text.rope_parameters, **rope}
+            text.max_position_embeddings = round(rope["factor"] * rope["original_max_position_embeddings"])
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, attn_implementation="sdpa"
+            name, config=settings, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True,
+            attn_implementation="sdpa",
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model is {name}: it does not load: {_first_line(error)}") from error
@@ -78,6 +102,26 @@ def _first_line(error: BaseException) -> str:
 def causal_lm(policy: torch.nn.Module) -> PreTrainedModel:
     """Return the Hugging Face model inside a policy, LoRA layers in place."""
     return policy.get_base_model() if hasattr(policy, "get_base_model") else policy  # type: ignore[return-value, operator]
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"device is {name}: give auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"device is {name}: only cpu and cuda are supported")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device is {name}: PyTorch sees no CUDA device here; use --device cpu")
+    return device
+
+
+def resolve_dtype(settings: Common, device: torch.device) -> torch.dtype:
+    if settings.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, settings.dtype)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
@@ -272,7 +316,62 @@ def grade_groups(groups: Sequence[Group], pool: RewardPool) -> None:
         rollout.reward, rollout.reason = grade.reward, grade.reason
 
 
+def load_problems(settings: Common, source: str) -> list[Problem]:
+    """Load problems whose answers can be graded."""
+    return data.load_problems(source, check_answers=check_answer, skip_bad_rows=settings.skip_bad_rows,
+                              seed=settings.seed)
+
+
+def encode_prompts(
+    settings: Common, problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase
+) -> list[Problem]:
+    """Return the problems with their prompt_tokens."""
+    examples = data.load_worked_examples(settings.prompt_examples) if settings.prompt_examples else []
+    return data.encode_prompts(
+        problems, tokenizer, suffix=settings.prompt_suffix, examples=examples,
+        max_prompt_tokens=settings.max_prompt_tokens, skip_bad_rows=settings.skip_bad_rows,
+    )
+
+
+def reward_pool(settings: Common, tokenizer: PreTrainedTokenizerBase) -> RewardPool:
+    return RewardPool(workers=settings.reward_workers, timeout=settings.reward_timeout,
+                      require_think=settings.require_think and data.thinks(tokenizer))
+
+
 # -------------------------------------------------------------------------- evaluation
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is kept of one rollout when nothing is trained."""
+
+    reward: float
+    reason: str
+    tokens: int
+    truncated: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A problem with the outcomes of its rollouts, and all settings that decided about them."""
+
+    id: str
+    problem: str
+    answers: tuple[str, ...]
+    system: str | None
+    pass_rate: float
+    outcomes: tuple[Outcome, ...]
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, group: Group, settings: dict[str, Any] | None = None, keep_text: bool = True) -> Measured:
+        outcomes = tuple(
+            Outcome(r.reward, r.reason, len(r.response_tokens), r.truncated, r.text if keep_text else "")
+            for r in group.rollouts
+        )
+        problem = group.problem
+        return cls(problem.id, problem.text, problem.answers, problem.system, group.pass_rate, outcomes, settings or {})
 
 
 @dataclass(frozen=True)
@@ -284,27 +383,436 @@ class Evaluation:
     avg_at_k: float
     interval: float
     """Half width of the 95 % interval of avg_at_k, over problems."""
-    pass_at_k: float
+    pass_at_k: list[float]
+    """(k,) unbiased pass@1 ... pass@k."""
     tokens_mean: float
     truncated: float
+    distinct_4: float
+
+    @classmethod
+    def of(cls, measured: Sequence[Measured]) -> Evaluation:
+        outcomes = [outcome for problem in measured for outcome in problem.outcomes]
+        k = len(measured[0].outcomes)
+        correct = [sum(outcome.reward > 0 for outcome in problem.outcomes) for problem in measured]
+        average, interval = mean_and_interval([problem.pass_rate for problem in measured])
+        return cls(
+            problems=len(measured),
+            k=k,
+            avg_at_k=average,
+            interval=interval,
+            pass_at_k=[statistics.fmean(pass_at_k(c, k, tries) for c in correct) for tries in range(1, k + 1)],
+            tokens_mean=statistics.fmean(outcome.tokens for outcome in outcomes),
+            truncated=statistics.fmean(outcome.truncated for outcome in outcomes),
+            distinct_4=mean_distinct_n([[o.text for o in problem.outcomes] for problem in measured]),
+        )
 
 
 def evaluate(
     engine: Engine, tokenizer: PreTrainedTokenizerBase, pool: RewardPool, problems: Sequence[Problem], k: int,
     sampling: Sampling, on_tokens: Callable[[int], None] | None = None,
-) -> Evaluation:
-    """Measure avg@k and pass@k with k rollouts per problem."""
+) -> list[Measured]:
+    """Sample and grade k rollouts per problem."""
     groups = sample_groups(engine, tokenizer, problems, k, sampling, on_tokens)
     grade_groups(groups, pool)
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    average, interval = mean_and_interval([group.pass_rate for group in groups])
-    correct = [sum(rollout.reward > 0 for rollout in group.rollouts) for group in groups]
-    return Evaluation(
-        problems=len(groups),
-        k=k,
-        avg_at_k=average,
-        interval=interval,
-        pass_at_k=sum(pass_at_k(c, k, k) for c in correct) / len(groups),
-        tokens_mean=sum(len(rollout.response_tokens) for rollout in rollouts) / len(rollouts),
-        truncated=sum(rollout.truncated for rollout in rollouts) / len(rollouts),
-    )
+    return [Measured.of(group) for group in groups]
+
+
+def by_length(measured: Sequence[Measured], bounds: Sequence[int]) -> list[tuple[float, int]]:
+    """Return accuracy and number of the responses of up to each bound's tokens (and above the one before); nan: none.
+
+    Source: blog, accuracy by response length (16K, 32K, beyond).
+    """
+    outcomes = [outcome for problem in measured for outcome in problem.outcomes]
+    buckets = []
+    for above, up_to in zip([-1, *bounds], [*bounds, math.inf], strict=True):
+        rewards = [outcome.reward for outcome in outcomes if above < outcome.tokens <= up_to]
+        buckets.append((statistics.fmean(rewards) if rewards else math.nan, len(rewards)))
+    return buckets
+
+
+def by_limit(measured: Sequence[Measured], limits: Sequence[int]) -> list[float]:
+    """Return the accuracy if responses had been cut at each limit of tokens. Source: blog, accuracy by context."""
+    outcomes = [outcome for problem in measured for outcome in problem.outcomes]
+    return [statistics.fmean(o.reward if o.tokens <= limit else 0.0 for o in outcomes) for limit in limits]
+
+
+# --------------------------------------------------------------------- temperature probe
+
+
+@dataclass(frozen=True)
+class ProbeCurves:
+    """What a probe found: temperature -> value."""
+
+    accuracy: dict[float, float]
+    noise: dict[float, float]
+    """Standard error of the difference to the best accuracy, paired by problem."""
+    distinct_4: dict[float, float]
+    distinct_4_fixed: dict[float, float]
+    """Of the first `words` words only, over problems whose responses are all as long; nan if there are none."""
+
+    @classmethod
+    def of(cls, measured: Mapping[float, Sequence[Measured]], words: int) -> ProbeCurves:
+        accuracy = {t: statistics.fmean(m.pass_rate for m in found) for t, found in measured.items()}
+        best = measured[max(accuracy, key=accuracy.__getitem__)]
+        noise, diversity, fixed = {}, {}, {}
+        for t, found in measured.items():
+            differences = [b.pass_rate - m.pass_rate for b, m in zip(best, found, strict=True)]
+            noise[t] = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+            texts = [[outcome.text for outcome in m.outcomes] for m in found]
+            diversity[t], fixed[t] = mean_distinct_n(texts), mean_distinct_n(texts, words=words)
+        return cls(accuracy, noise, diversity, fixed)
+
+
+# -------------------------------------------------------------------------- the commands
+
+
+@dataclass(frozen=True)
+class Command(Common):
+    """What the commands have in common."""
+
+    problems: int = 0
+    """How many problems to take, chosen by the seed; 0: all."""
+    top_p: float = 1.0
+    """Nucleus sampling; 1: off."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens only; 0: off."""
+    max_response_tokens: int = 32768
+    """Response limit in tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, ok, advice in (
+            ("problems", self.problems >= 0, "give a number, or 0 for all"),
+            ("top_p", 0 < self.top_p <= 1, "give a share above 0, 1 at most"),
+            ("top_k", self.top_k >= 0, "give a number of tokens, or 0 for all"),
+            ("max_response_tokens", self.max_response_tokens >= 1, "give at least 1"),
+            ("rollouts", (getattr(self, "rollouts", None) or 1) >= 1, "give at least 1"),
+            ("temperature", getattr(self, "temperature", 1.0) > 0, "give a value above 0"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)}: {advice}")
+
+
+@dataclass(frozen=True)
+class Measure(Command):
+    """Measure each problem's pass rate: its difficulty for this very model."""
+
+    data: str = "toy"
+    """Problems: a jsonl, json or parquet file, a hub data set (owner/name, or owner/name:split), or toy."""
+    out: str = "scores.jsonl"
+    """Where the pass rates go, one line a problem. What is in it already is not measured again."""
+    rollouts: int = 8
+    """Rollouts per problem. Source: blog (8)."""
+    temperature: float = 0.6
+    """Sampling temperature. Source: blog (0.6 in its analysis; that of its filter is not published)."""
+
+
+@dataclass(frozen=True)
+class Probe(Command):
+    """Measure accuracy and diversity over temperatures, and choose one."""
+
+    data: str = "toy"
+    """Training problems; `problems` of them are probed. Not a benchmark that you report."""
+    out: str = "probe"
+    """Folder for probe.json, probe.png and the responses. What is in it already is not sampled again."""
+    problems: int = 64
+    """How many problems to take, chosen by the seed; 0: all."""
+    rollouts: int = 8
+    """Rollouts per problem. Diversity can be compared only at the same number."""
+    temperatures: str = "0.2:1.8:0.2"
+    """START:END:STEP, end included, or a list: 0.6,1.0,1.4."""
+    match_diversity: float | None = None
+    """For a later stage: the distinct-4 to restore, that of the first stage's temperature before training."""
+    diversity_words: int = 500
+    """Words of each response that the fixed-length diversity looks at."""
+
+
+@dataclass(frozen=True)
+class Eval(Command):
+    """Evaluate a model: avg@k, pass@k, by length and by limit. The defaults are the published settings."""
+
+    data: tuple[str, ...] = ("toy",)
+    """Files of problems or hub data sets, each evaluated by itself."""
+    out: str = "eval"
+    """Folder for results.json and the responses. What is in it already is not sampled again."""
+    rollouts: int | None = None
+    """k of avg@k. Default, as published, by file name: 32 for aime24 and aime25, 4 for minerva and olympiad, else 8."""
+    temperature: float = 1.4
+    """Sampling temperature. Source: release (1.4)."""
+    top_k: int = 20
+    """Sample from the k likeliest tokens only; 0: off. Source: release (20)."""
+    max_response_tokens: int = 90000
+    """Response limit in tokens. Source: release (90000)."""
+    yarn_factor: float = 1.0
+    """Also evaluate with positions stretched by this factor. Source: blog (1.5); 1: off."""
+    original_max_positions: int | None = None
+    """Positions that YaRN stretches. Default: max_position_embeddings of the model; not published."""
+    yarn_attention_scale: float = 1.0
+    """YaRN's attention scale: 1 leaves attention as it is; the release in effect had 1.0405."""
+    length_bounds: tuple[int, ...] = (16384, 32768)
+    """Borders of the buckets of response length, in tokens. Source: blog."""
+    limits: tuple[int, ...] = (32768, 49152, 65536, 81920)
+    """Response limits, in tokens, for which the accuracy is given too. Source: blog (of the context)."""
+
+
+class Session:
+    """Draws and grades rollouts for a command, into a file that a second call goes on with."""
+
+    def __init__(self, options: Command, path: Path) -> None:
+        if options.engine == "vllm":
+            raise ModelError("engine is vllm: this version generates with the hf engine only; use --engine hf")
+        self.options, self.path = options, path
+        self.device = resolve_device(options.device)
+        self.model = toy_folder() if options.model == "toy" else options.model
+        self.tokenizer = load_tokenizer(self.model, trust_remote_code=options.trust_remote_code)
+        self.pool = reward_pool(options, self.tokenizer)
+        self._engines: dict[str, Engine] = {}
+        self._done: dict[tuple[str, str], Measured] = {}
+        for line in data.read_lines(path):
+            outcomes = tuple(Outcome(**outcome) for outcome in line.pop("outcomes"))
+            found = Measured(**{**line, "answers": tuple(line["answers"])}, outcomes=outcomes)
+            self._done[_key(found.settings), found.id] = found
+
+    def problems(self, source: str) -> list[Problem]:
+        problems = encode_prompts(self.options, load_problems(self.options, source), self.tokenizer)
+        if 0 < self.options.problems < len(problems):
+            problems = data.hold_out(problems, self.options.problems, self.options.seed)[1]
+        return problems
+
+    def measure(
+        self, source: str, problems: Sequence[Problem], rollouts: int, temperature: float,
+        yarn: Mapping[str, Any] | None = None, keep_text: bool = True,
+    ) -> list[Measured]:
+        """Return every problem with its outcomes; sample those that the file does not hold yet, and append them."""
+        options = self.options
+        settings: dict[str, Any] = {
+            "model": self.model, "data": source, "rollouts": rollouts, "temperature": temperature,
+            "top_p": options.top_p, "top_k": options.top_k, "max_response_tokens": options.max_response_tokens,
+            "yarn": dict(yarn) if yarn else None, "prompt_suffix": options.prompt_suffix,
+            "prompt_examples": options.prompt_examples, "require_think": options.require_think, "seed": options.seed,
+        }
+        key = _key(settings)
+        others = {other for other, _ in self._done} - {key}
+        if not keep_text and others:
+            raise DataError(f"{self.path}: holds pass rates with other settings, {others.pop()}: give another --out")
+        missing = [problem for problem in problems if (key, problem.id) not in self._done]
+        size = max(1, options.rollouts_per_batch // rollouts)
+        # The chunks are those of the whole list, so that an interrupted measurement draws the same responses.
+        chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
+        chunks = [chunk for chunk in chunks if any((key, problem.id) not in self._done for problem in chunk)]
+        with self._progress(f"{source}, T = {temperature:g}", len(missing)) as (on_problems, on_tokens):
+            for chunk in chunks:
+                seed = random.Random(f"{options.seed}:{temperature}:{chunk[0].id}").getrandbits(63)
+                sampling = Sampling(temperature, options.max_response_tokens, seed, options.top_p, options.top_k)
+                groups = sample_groups(self._engine(yarn), self.tokenizer, chunk, rollouts, sampling, on_tokens)
+                grade_groups(groups, self.pool)
+                fresh = [Measured.of(group, settings, keep_text) for group in groups]
+                fresh = [found for found in fresh if (key, found.id) not in self._done]
+                data.append_lines(self.path, [asdict(found) for found in fresh])
+                self._done |= {(key, found.id): found for found in fresh}
+                on_problems(len(fresh))
+        return [self._done[key, problem.id] for problem in problems]
+
+    def _engine(self, yarn: Mapping[str, Any] | None) -> Engine:
+        """Load the model when the first response is needed; another rope means another model."""
+        name, options = _key(yarn), self.options
+        if name not in self._engines:
+            self._engines.clear()
+            rope = None if yarn is None else yarn_config(engine="hf", **yarn)
+            dtype = resolve_dtype(options, self.device)
+            model = load_model(self.model, dtype=dtype, device=self.device, rope=rope,
+                               trust_remote_code=options.trust_remote_code)
+            self._engines[name] = HFEngine(
+                model, self.tokenizer, rollouts_per_batch=options.rollouts_per_batch, dtype=dtype
+            )
+        return self._engines[name]
+
+    @contextlib.contextmanager
+    def _progress(self, title: str, total: int) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                      TextColumn("{task.fields[tokens]:,} tokens"), disable=not sys.stderr.isatty()) as progress:
+            task = progress.add_task(title, total=total, tokens=0)
+            tokens = 0
+
+            def on_tokens(count: int) -> None:
+                nonlocal tokens
+                tokens += count
+                progress.update(task, tokens=tokens)
+
+            yield lambda count: progress.advance(task, count), on_tokens
+
+
+def _key(settings: Mapping[str, Any] | None) -> str:
+    return json.dumps(settings, sort_keys=True)
+
+
+def toy_folder() -> str:
+    """Return the newest toy model that `python train.py` has kept."""
+    folders = sorted(data.toy_cache().glob("toy-*"), key=lambda folder: folder.stat().st_mtime)
+    if not folders:
+        raise ModelError("model is toy: there is none yet; run python train.py once, or give the folder of a model")
+    return str(folders[-1])
+
+
+def run_measure(options: Measure) -> None:
+    session = Session(options, Path(options.out))
+    problems = session.problems(options.data)
+    with session.pool:
+        measured = session.measure(options.data, problems, options.rollouts, options.temperature, keep_text=False)
+    mean, interval = mean_and_interval([found.pass_rate for found in measured])
+    print(f"{options.out}: {len(measured)} problems, mean pass rate {mean:.1%} +- {interval:.1%}")
+    print(f"next: python data.py histogram {options.out}; python data.py filter --scores {options.out} --out FILE")
+
+
+def run_probe(options: Probe) -> None:
+    grid = temperature_grid(options.temperatures)
+    folder = Path(options.out)
+    session = Session(options, folder / "responses.jsonl")
+    problems = session.problems(options.data)
+    with session.pool:
+        measured = {t: session.measure(options.data, problems, options.rollouts, t) for t in grid}
+    curves = ProbeCurves.of(measured, options.diversity_words)
+    zones = temperature_zones(curves.accuracy, curves.noise)
+    print(f"{len(problems)} problems x {options.rollouts} rollouts\n")
+    print("temperature  accuracy  (noise)  distinct-4  fixed length  zone")
+    for t in grid:
+        zone = ("robust generation" if t <= zones.robust_until else
+                "controlled exploration" if t <= zones.exploration_until else "performance collapse")
+        print(f"{t:11g}  {curves.accuracy[t]:8.1%}  {curves.noise[t]:7.1%}  {curves.distinct_4[t]:10.3f}"
+              f"  {curves.distinct_4_fixed[t]:12.3f}  {zone}")
+    chosen = {"first stage": pick_temperature(curves.accuracy, curves.distinct_4, noise=curves.noise)}
+    if options.match_diversity is not None:
+        chosen["later stage"] = pick_temperature(
+            curves.accuracy, curves.distinct_4, match=options.match_diversity, noise=curves.noise
+        )
+    for name, temperature in chosen.items():
+        print(f"\n{name}: {temperature:g}", end="")
+    if zones.exploration_until == grid[-1]:
+        print(f"\nno collapse up to {grid[-1]:g}: try higher --temperatures", end="")
+    plot = folder / "probe.png"
+    plot_probe(curves, zones, plot)
+    results = {"settings": asdict(options), "curves": asdict(curves), "zones": asdict(zones), "temperature": chosen}
+    data.write_whole(folder / "probe.json", json.dumps(results, indent=2) + "\n")
+    print(f"\n\n{plot}, {folder / 'probe.json'}")
+
+
+def plot_probe(curves: ProbeCurves, zones: Zones, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    grid = list(curves.accuracy)
+    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    axis.errorbar(grid, list(curves.accuracy.values()), yerr=list(curves.noise.values()), marker="o", capsize=3,
+                  label="accuracy, with the standard error of its distance to the best")
+    axis.plot(grid, list(curves.distinct_4.values()), marker="s", label="distinct-4")
+    axis.plot(grid, list(curves.distinct_4_fixed.values()), "--", label="distinct-4 at fixed length")
+    borders = [grid[0], zones.robust_until, zones.exploration_until, grid[-1]]
+    for name, colour, (start, end) in zip(
+        ("robust generation", "controlled exploration", "performance collapse"), ("green", "orange", "red"),
+        pairwise(borders), strict=True,
+    ):
+        if start < end:
+            axis.axvspan(start, end, color=colour, alpha=0.1, label=name)
+    axis.set(xlabel="temperature", ylim=(0, 1))
+    axis.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+PUBLISHED_ROLLOUTS = {"aime24": 32, "aime25": 32, "amc23": 8, "minerva": 4, "olympiad": 4}
+"""k of avg@k by data set. Source: release."""
+
+
+def run_eval(options: Eval) -> None:
+    folder = Path(options.out)
+    session = Session(options, folder / "responses.jsonl")
+    sources = {source: session.problems(source) for source in options.data}  # all are checked before anything is drawn
+    variants: dict[str, Mapping[str, Any] | None] = {"plain": None}
+    if options.yarn_factor != 1.0:
+        positions = options.original_max_positions or max_positions(session.model, options.trust_remote_code)
+        variants[f"YaRN {options.yarn_factor:g}"] = {
+            "factor": options.yarn_factor, "original_max_positions": positions,
+            "attention_scale": options.yarn_attention_scale,
+        }
+    results: dict[str, Any] = {}
+    with session.pool:
+        for variant, yarn in variants.items():
+            for source, problems in sources.items():
+                k = options.rollouts or PUBLISHED_ROLLOUTS.get(Path(source).stem, 8)
+                found = session.measure(source, problems, k, options.temperature, yarn)
+                results.setdefault(source, {})[variant] = asdict(Evaluation.of(found)) | {
+                    "by_length": by_length(found, options.length_bounds), "by_limit": by_limit(found, options.limits),
+                }
+    path = folder / "results.json"
+    data.write_whole(path, json.dumps({"settings": asdict(options), "results": results}, indent=2) + "\n")
+    print_evaluations(results, options)
+    print(path)
+
+
+def max_positions(model: str, trust_remote_code: bool) -> int:
+    settings = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    return settings.get_text_config().max_position_embeddings
+
+
+def print_evaluations(results: Mapping[str, Any], options: Eval) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def table(title: str, heads: Sequence[str], cells: Callable[[dict[str, Any]], list[str]]) -> None:
+        shown = Table(title=title)
+        for head in ("data", "", *heads):
+            shown.add_column(head, no_wrap=True)
+        for source, variants in results.items():
+            for variant, result in variants.items():
+                shown.add_row(Path(source).stem, variant, *cells(result))
+        console.print(shown)
+
+    console = Console(soft_wrap=True)
+    table("accuracy", ("problems", "k", "avg@k", "95 % interval", "pass@k", "tokens", "truncated", "distinct-4"),
+          lambda e: [str(e["problems"]), str(e["k"]), f"{e['avg_at_k']:.1%}", f"+- {e['interval']:.1%}",
+                     f"{e['pass_at_k'][-1]:.1%}", f"{e['tokens_mean']:.0f}", f"{e['truncated']:.1%}",
+                     f"{e['distinct_4']:.3f}"])
+    most = max(e["k"] for variants in results.values() for e in variants.values())
+    tries = [2**i for i in range(most.bit_length())]
+    table("pass@k", [f"k = {k}" for k in tries],
+          lambda e: [f"{e['pass_at_k'][k - 1]:.1%}" if k <= e["k"] else "" for k in tries])
+    bounds = options.length_bounds
+    heads = [*(f"up to {bound}" for bound in bounds), f"above {bounds[-1]}"] if bounds else ["all"]
+    table("accuracy by response length in tokens (share of responses)", heads,
+          lambda e: ["-" if not count else f"{accuracy:.1%} ({count / (e['problems'] * e['k']):.0%})"
+                     for accuracy, count in e["by_length"]])
+    limits = [limit for limit in options.limits if limit < options.max_response_tokens]
+    table("accuracy by response limit in tokens", [*map(str, limits), str(options.max_response_tokens)],
+          lambda e: [*(f"{accuracy:.1%}" for accuracy in e["by_limit"][: len(limits)]), f"{e['avg_at_k']:.1%}"])
+
+
+COMMANDS: dict[str, tuple[type[Command], Callable[[Any], None]]] = {
+    "measure": (Measure, run_measure), "probe": (Probe, run_probe), "eval": (Eval, run_eval),
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    import tyro
+
+    if not arguments or arguments[0] not in COMMANDS:
+        print(__doc__)
+        if arguments and arguments[0] not in ("-h", "--help"):
+            raise DataError(f"command is {arguments[0]}: give one of {', '.join(COMMANDS)}")
+        return
+    options_class, command = COMMANDS[arguments[0]]
+    command(tyro.cli(options_class, args=arguments[1:], prog=f"rollout.py {arguments[0]}"))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        print(f"rollout.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("rollout.py: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)

@@ -19,11 +19,13 @@ import importlib
 import inspect
 import itertools
 import json
+import math
 import os
 import random
 import resource
 import shutil
 import signal
+import statistics
 import sys
 import time
 from collections import defaultdict
@@ -45,14 +47,15 @@ from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenize
 from transformers.utils import logging as transformers_logging
 
 import data
-from data import DataError, ProblemSampler
+from data import DataError, ProblemSampler, Sink
 from polaris_mini import (
-    PRESETS, Config, Group, Problem, Rollout, Stage, advantages, distinct_n, mastered, policy_loss, rescue, substitute,
+    PRESETS, Config, Group, Problem, Rollout, Stage, advantages, difficulty_histogram, mastered, mean_distinct_n,
+    pick_temperature, plateaued, policy_loss, rescue, substitute, temperature_grid, truncated_ratio,
 )
-from reward import RewardPool, check_answer
+from reward import RewardPool
 from rollout import (
-    Engine, Evaluation, HFEngine, ModelError, Sampling, autocast, causal_lm, evaluate, grade_groups, load_model,
-    load_tokenizer, sample_groups,
+    Engine, Evaluation, HFEngine, ModelError, ProbeCurves, Sampling, autocast, causal_lm, encode_prompts, evaluate,
+    grade_groups, load_model, load_problems, load_tokenizer, resolve_device, resolve_dtype, reward_pool, sample_groups,
 )
 
 # ---------------------------------------------------------------------------- the loop
@@ -61,23 +64,20 @@ from rollout import (
 def train(setup: Setup, config: Config, run: Run, display: Display, interrupt: Interrupt) -> None:
     """Run every step that is still to do."""
     state = setup.state
-    if is_evaluation_step(config, state.step) and not run.has_evaluation(state.step):
+    if is_evaluation_step(config, state) and not run.has_evaluation(state.step):
         evaluate_policy(setup, config, run, display, interrupt)
 
-    while (stage := config.stage_at(state.step)) and not interrupt.requested:
+    # 0. STAGE           temperature and length grow; mastered problems leave
+    while stage := enter_stage(setup, config, run, display, interrupt):
         rng = random.Random(f"{config.seed}:{state.step}")  # all chance comes from seed and step: nothing to restore
         clock = Clock()
 
-        # 0. STAGE       temperature and length grow; mastered problems leave
-        enter_stage(setup, config, run, display)
-
         # 1. ROLLOUT     G responses to each of P problems, at the stage's temperature
         problems = state.sampler.peek(config.prompts_per_step)
-        sampling = Sampling(stage.temperature, stage.max_response_tokens, seed=rng.getrandbits(63))
+        sampling = Sampling(state.temperature, stage.max_response_tokens, seed=rng.getrandbits(63))
         with interrupt.may_drop_step(), clock("rollout"), display.phase("rollout") as on_tokens:
             groups = sample_groups(setup.engine, setup.tokenizer, problems, config.group_size, sampling, on_tokens)
         if interrupt.requested:
-            save_checkpoint(setup, config, run)
             break
 
         # 2. REWARD      1 if the boxed answer is right, else 0; the raw scores are logged now
@@ -99,31 +99,48 @@ def train(setup: Setup, config: Config, run: Run, display: Display, interrupt: I
 
         # 6. UPDATE      clipped policy gradient, one token mean over the whole batch
         with clock("update"), display.phase("update"):
-            update = update_policy(setup.policy, setup.optimizer, batch, stage.temperature, config)
+            update = update_policy(setup.policy, setup.optimizer, batch, state.temperature, config)
         with clock("sync"):
             setup.engine.sync(setup.policy)
 
         # 7. LOG, EVAL, SAVE
         state.sampler.advance(config.prompts_per_step)
         state.step += 1
-        metrics = step_metrics(config, state, stage, groups, batch, update, clock)
-        if is_evaluation_step(config, state.step):
+        state.sink.commit(state.step)
+        state.rewards.append(statistics.fmean(group.pass_rate for group in groups))
+        metrics = step_metrics(config, state, groups, batch, update, clock)
+        if is_evaluation_step(config, state):
             metrics |= evaluate_policy(setup, config, run, display, interrupt)
         run.log_metrics(state.step, metrics)
         display.row(metrics)
-        if state.step % config.checkpoint_every == 0 or state.step == config.total_steps or interrupt.requested:
+        if state.step % config.checkpoint_every == 0:
             save_checkpoint(setup, config, run)
+    save_checkpoint(setup, config, run)
 
 
 @dataclass
 class State:
     """What a checkpoint holds beside the weights and the optimizer."""
 
-    step: int
-    """Completed steps."""
     sampler: ProblemSampler
-    sink: dict[str, Rollout] = field(default_factory=dict)
-    """One correct rollout per problem, for rescue."""
+    sink: Sink
+    """One correct rollout per problem, for rescue. In the run's folder; a checkpoint only says up to which step."""
+    step: int = 0
+    """Completed steps."""
+    stage: int = 1
+    """Number of the stage, from 1."""
+    stage_began: int = 0
+    """Steps that were completed when it began."""
+    temperatures: list[float] = field(default_factory=list)
+    """Sampling temperature of each stage so far."""
+    rewards: list[float] = field(default_factory=list)
+    """Mean reward of each step of the stage."""
+    diversity: float | None = None
+    """distinct-4 of the policy at the first stage's temperature before training, for later `auto` temperatures."""
+
+    @property
+    def temperature(self) -> float:
+        return self.temperatures[-1]
 
 
 @dataclass
@@ -139,42 +156,106 @@ class Setup:
     state: State
 
 
-def enter_stage(setup: Setup, config: Config, run: Run, display: Display) -> None:
-    """At the first step of a later stage, drop the problems that were mastered in the one before."""
-    step, sampler = setup.state.step, setup.state.sampler
-    number = config.stage_number(step)
-    if step == 0 or number == config.stage_number(step - 1):
-        return
-    first = sum(stage.steps for stage in config.stages[: number - 2]) + 1
-    gone = mastered(run.scores(first, step), config.mastered_above)
-    if sampler.remove(gone, at_least=config.prompts_per_step):
-        display.note(f"stage {number}: {len(gone)} mastered problems have left, {len(sampler)} stay")
+def enter_stage(setup: Setup, config: Config, run: Run, display: Display, interrupt: Interrupt) -> Stage | None:
+    """Return the stage of the next step, or None at the end. Between two stages mastered problems leave."""
+    state = setup.state
+    if interrupt.requested or training_is_over(config, state):
+        return None
+    if stage_is_over(config, state):
+        gone = mastered(run.scores(state.stage_began + 1, state.step), config.mastered_above)
+        left = state.sampler.remove(gone, at_least=config.prompts_per_step)
+        state.stage, state.stage_began, state.rewards = state.stage + 1, state.step, []
+        if config.stages[state.stage - 1].reset_optimizer:
+            setup.optimizer.state.clear()
+        display.note(f"stage {state.stage}: {len(gone)} problems are mastered and "
+                     + (f"leave, {len(state.sampler)} stay" if left else "stay: too few would be left for a batch"))
+    stage = config.stages[state.stage - 1]
+    if len(state.temperatures) < state.stage:
+        with interrupt.may_drop_step(), display.phase("temperature probe") as on_tokens:
+            state.temperatures.append(choose_temperature(setup, config, run, display, stage, on_tokens))
+    return None if interrupt.requested else stage
+
+
+def stage_is_over(config: Config, state: State) -> bool:
+    stage = config.stages[state.stage - 1]
+    stopped_rising = stage.until == "plateau" and plateaued(state.rewards, config.plateau_window)
+    return state.step - state.stage_began >= stage.steps or stopped_rising
+
+
+def training_is_over(config: Config, state: State) -> bool:
+    return state.stage == len(config.stages) and stage_is_over(config, state)
+
+
+def choose_temperature(
+    setup: Setup, config: Config, run: Run, display: Display, stage: Stage, on_tokens: Callable[[int], None]
+) -> float:
+    """Return the stage's temperature; where it is auto, from a probe on a few training problems.
+
+    The first stage takes the border of robust generation. Later ones restore the diversity that the policy had before
+    training at the first stage's temperature; where that is given, it is probed alone if a later stage needs it.
+
+    Source: blog (a grid of 0.05 for later stages, a wider one where diversity fell much).
+    """
+    state = setup.state
+    first = state.stage == 1
+    later_auto = any(later.temperature == "auto" for later in config.stages[state.stage :])
+    if stage.temperature != "auto" and not (first and later_auto):
+        return stage.temperature
+    rng = random.Random(f"{config.seed}:probe:{state.stage}")
+    problems = rng.sample(state.sampler.problems(), min(config.probe_problems, len(state.sampler)))
+
+    def probe(grid: Sequence[float]) -> ProbeCurves:
+        measured = {}
+        for t in grid:
+            sampling = Sampling(t, stage.max_response_tokens, seed=rng.getrandbits(63))
+            measured[t] = evaluate(
+                setup.engine, setup.tokenizer, setup.pool, problems, config.group_size, sampling, on_tokens
+            )
+        return ProbeCurves.of(measured, words=config.diversity_words)
+
+    if stage.temperature != "auto":
+        state.diversity = probe([stage.temperature]).distinct_4[stage.temperature]
+        return stage.temperature
+    if first:
+        curves = probe(temperature_grid(config.probe_temperatures))
+        chosen = pick_temperature(curves.accuracy, curves.distinct_4, noise=curves.noise)
+        state.diversity = curves.distinct_4[chosen]
     else:
-        display.note(f"stage {number}: {len(gone)} problems are mastered, too few would be left for a batch: all stay")
+        assert state.diversity is not None  # measured in the first stage, because a later one is auto
+        before = state.temperature
+        little = probe([before]).distinct_4[before] > 0.9 * state.diversity
+        curves = probe([round(before + i * (0.05 if little else 0.1), 2) for i in range(7)])
+        chosen = pick_temperature(curves.accuracy, curves.distinct_4, match=state.diversity, noise=curves.noise)
+    run.log_probe(state.step, state.stage, curves, chosen)
+    display.note(f"stage {state.stage}: temperature {chosen:g}, distinct-4 {state.diversity:.3f} before training; "
+                 f"accuracy by temperature {', '.join(f'{t:g}: {a:.2f}' for t, a in curves.accuracy.items())}")
+    return chosen
 
 
-def is_evaluation_step(config: Config, step: int) -> bool:
+def is_evaluation_step(config: Config, state: State) -> bool:
     if config.eval_every < 0:
         return False
-    return step in (0, config.total_steps) or (config.eval_every > 0 and step % config.eval_every == 0)
+    regular = config.eval_every > 0 and state.step % config.eval_every == 0
+    return state.step == 0 or regular or training_is_over(config, state)
 
 
 def evaluate_policy(
     setup: Setup, config: Config, run: Run, display: Display, interrupt: Interrupt
 ) -> dict[str, float]:
     """Measure the held-out pass rate, unless Ctrl-C ends it; a resume then does it again."""
-    temperature = config.eval_temperature or config.stages[0].temperature
+    first = config.stages[0].temperature
+    temperature = config.eval_temperature or (1.0 if first == "auto" else first)
     longest = max(stage.max_response_tokens for stage in config.stages)
     sampling = Sampling(temperature, longest, seed=config.seed)  # the same draws each time: less noise in a difference
     result: Evaluation | None = None
     with interrupt.may_drop_step(), display.phase("evaluation") as on_tokens:
-        result = evaluate(
+        result = Evaluation.of(evaluate(
             setup.engine, setup.tokenizer, setup.pool, setup.eval_problems, config.eval_rollouts, sampling, on_tokens
-        )
+        ))
     if result is None:
         return {}
     run.log_evaluation(setup.state.step, result)
-    return {"eval/avg_at_k": result.avg_at_k, "eval/pass_at_k": result.pass_at_k}
+    return {"eval/avg_at_k": result.avg_at_k, "eval/pass_at_k": result.pass_at_k[-1]}
 
 
 # -------------------------------------------------------------------------- the update
@@ -190,6 +271,10 @@ class Update:
     mismatch_kl: float | None = None
     ratio_max: float | None = None
     grad_norm: float | None = None
+    tokens: int = 0
+    """Prompt and response tokens that were forwarded."""
+    tokens_saved: int = 0
+    """Prompt and response tokens that real copies of substituted groups, and groups without advantage, would add."""
 
 
 def update_policy(
@@ -230,7 +315,10 @@ def update_policy(
                 logprobs, old_logprobs, row.advantages,
                 clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
             )  # (M,), (M,)
-            row_loss = (loss * row.weights).sum() / tokens
+            weights = row.weights
+            if config.rescue_ratio == "stored" and row.rescued.any():
+                weights = weights.where(~row.rescued, weights * truncated_ratio(old_logprobs, row.sampler_logprobs))
+            row_loss = (loss * weights).sum() / tokens
             row_loss.backward()
             # trainer against sampler, with the same weights; in float64, as the KL below is a difference of near equals
             difference = (old_logprobs - row.sampler_logprobs)[~row.rescued].double()
@@ -249,6 +337,8 @@ def update_policy(
         mismatch_kl=sums["kl"] / max(sums["sampled"], 1),
         ratio_max=ratio_max,
         grad_norm=sum(grad_norms) / len(grad_norms),
+        tokens=(forwarded := sum(row.input_ids.numel() for rows, _ in packed for row in rows)),
+        tokens_saved=sum(_row_tokens(r) * group.weight for group in groups for r in group.rollouts) - forwarded,
     )
 
 
@@ -433,24 +523,13 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
     """Load and check everything, cheapest first, so that bad input ends before it costs time."""
     if config.engine == "vllm":
         raise ModelError("engine is vllm: this version generates with the hf engine only; use --engine hf")
-    if config.model == "toy" and config.data != "toy":
-        raise DataError(f"model is toy, data is {config.data}: the toy model reads sums only; give a --model too")
-    if config.model == "toy" and config.prompt_suffix:
-        raise DataError(f"model is toy, prompt_suffix is {config.prompt_suffix!r}: it reads no words; use --preset toy")
     device = resolve_device(config.device)
     training, evaluation = load_data(config)
-    examples = data.load_worked_examples(config.prompt_examples) if config.prompt_examples else []
     warmup = data.load_worked_examples(config.warmup) if config.warmup else []
     source = toy_model_folder(config, training, display) if config.model == "toy" else config.model
     tokenizer = load_tokenizer(str(source), trust_remote_code=config.trust_remote_code)
-
-    def prompts(problems: list[Problem]) -> list[Problem]:
-        return data.encode_prompts(
-            problems, tokenizer, suffix=config.prompt_suffix, examples=examples,
-            max_prompt_tokens=config.max_prompt_tokens, skip_bad_rows=config.skip_bad_rows,
-        )
-
-    training, evaluation = prompts(training), prompts(evaluation) if evaluation else []
+    training = encode_prompts(config, training, tokenizer)
+    evaluation = encode_prompts(config, evaluation, tokenizer) if evaluation else []
     if len(training) < config.prompts_per_step:
         raise DataError(
             f"prompts_per_step is {config.prompts_per_step}, but there are {len(training)} training problems: "
@@ -459,26 +538,23 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
     checkpoint = run.newest_checkpoint()
     policy = load_policy(config, str(source), checkpoint, device)
     check_packing(policy, config)
-    state = State(0, ProblemSampler(training, config.seed))
     optimizer = make_optimizer(policy, config)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    state = State(ProblemSampler(training, config.seed), Sink(run.folder / "sink.sqlite"))
     if checkpoint is not None:
         restore(state, optimizer, checkpoint, config)
-    run.start(config, state.step)
+    state.sink.rewind(state.step)
+    run.start(config, state.step, training)
     display.note(
         f"{config.model} on {device}, {sum(p.numel() for p in policy.parameters() if p.requires_grad):,} trained "
         f"parameters; {len(training):,} training and {len(evaluation):,} held-out problems; run folder {run.folder}"
     )
-    setup = Setup(
-        tokenizer, policy, optimizer,
-        HFEngine(policy, tokenizer, rollouts_per_batch=config.rollouts_per_batch, dtype=resolve_dtype(config, device)),
-        RewardPool(
-            workers=config.reward_workers, timeout=config.reward_timeout,
-            require_think=config.require_think and data.thinks(tokenizer),
-        ),
-        evaluation, state,
-    )
+    engine = HFEngine(policy, tokenizer, rollouts_per_batch=config.rollouts_per_batch,
+                      dtype=resolve_dtype(config, device))
+    setup = Setup(tokenizer, policy, optimizer, engine, reward_pool(config, tokenizer), evaluation, state)
     if warmup and checkpoint is None:
         display.note(f"warm start: {config.warmup_steps} supervised steps on {len(warmup)} worked examples")
+        examples = data.load_worked_examples(config.prompt_examples) if config.prompt_examples else []
         encoded = [data.encode_example(e, tokenizer, suffix=config.prompt_suffix, examples=examples) for e in warmup]
         supervised_steps(policy, encoded, config, display)
         save_checkpoint(setup, config, run)  # the warm start is paid for: a resume need not repeat it
@@ -487,37 +563,13 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
 
 def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
     """Return training and held-out problems, which never share a problem's text."""
-
-    def load(source: str) -> list[Problem]:
-        return data.load_problems(source, check_answers=check_answer, skip_bad_rows=config.skip_bad_rows)
-
-    problems = data.toy_problems(TOY_PROBLEMS, config.seed) if config.data == "toy" else load(config.data)
+    problems = load_problems(config, config.data)
     if config.eval_every < 0:
         return problems, []
     if config.eval_data is not None:
-        evaluation = load(config.eval_data)
+        evaluation = load_problems(config, config.eval_data)
         return data.remove_overlap(problems, evaluation), evaluation
     return data.hold_out(problems, config.eval_problems, config.seed)
-
-
-def resolve_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ModelError(f"device is {name}: give auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ModelError(f"device is {name}: only cpu and cuda are supported")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device is {name}: PyTorch sees no CUDA device here; use --device cpu")
-    return device
-
-
-def resolve_dtype(config: Config, device: torch.device) -> torch.dtype:
-    if config.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, config.dtype)
 
 
 def load_policy(config: Config, source: str, checkpoint: Path | None, device: torch.device) -> torch.nn.Module:
@@ -632,11 +684,10 @@ def shuffled_for_ever(count: int, seed: int) -> Iterator[int]:
         yield from rng.sample(range(count), count)
 
 
-TOY_PROBLEMS = 6000
 TOY_ERROR_RATE = 0.25
 TOY_MODEL: dict[str, Any] = {
     "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16,
-    "intermediate_size": 384, "max_position_embeddings": 512, "tie_word_embeddings": True, "rope_theta": 10_000.0,
+    "intermediate_size": 384, "max_position_embeddings": 128, "tie_word_embeddings": True, "rope_theta": 10_000.0,
     "initializer_range": 0.05,
 }
 
@@ -656,8 +707,7 @@ def toy_model_folder(config: Config, training: Sequence[Problem], display: Displ
         )),
     ]
     name = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polaris-mini"
-    folder = cache / f"toy-{name}"
+    folder = data.toy_cache() / f"toy-{name}"
     if folder.is_dir():
         return folder
     display.note(f"warm start of the toy model: {config.warmup_steps} supervised steps, kept in {folder}")
@@ -707,28 +757,32 @@ def save_checkpoint(setup: Setup, config: Config, run: Run) -> None:
         setup.tokenizer.save_pretrained(folder)
         torch.save(
             {
-                "step": state.step,
                 "optimizer": setup.optimizer.state_dict(),
                 "sampler": state.sampler.state_dict(),
-                "sink": {problem_id: asdict(rollout) for problem_id, rollout in state.sink.items()},
+                **{name: getattr(state, name) for name in SAVED_STATE},
             },
             folder / "trainer_state.pt",
         )
-    for old in run.checkpoints()[: -config.keep_checkpoints]:
+    checkpoints = run.checkpoints()
+    for old in checkpoints[: -config.keep_checkpoints]:
         shutil.rmtree(old)
+    state.sink.prune(int(checkpoints[-config.keep_checkpoints :][0].name.removeprefix("step_")))
+
+
+SAVED_STATE = ("step", "stage", "stage_began", "temperatures", "rewards", "diversity")
 
 
 def restore(state: State, optimizer: torch.optim.Optimizer, checkpoint: Path, config: Config) -> None:
     """Set trainer state and optimizer to what the checkpoint holds; random numbers follow from seed and step."""
     saved = torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True)
-    state.step = saved["step"]
+    for name in SAVED_STATE:
+        setattr(state, name, saved[name])
     optimizer.load_state_dict(saved["optimizer"])
     for parameters in optimizer.param_groups:  # the state's own values would win over a new --lr
         parameters["lr"], parameters["weight_decay"] = config.lr, config.weight_decay
         if "betas" in parameters:
             parameters["betas"] = (config.beta1, config.beta2)
     state.sampler.load_state_dict(saved["sampler"])
-    state.sink = {problem_id: Rollout(**fields) for problem_id, fields in saved["sink"].items()}
 
 
 class Run:
@@ -738,19 +792,24 @@ class Run:
         self.folder = folder
         self.track: Callable[[dict[str, float], int], None]  # set by `start`
 
-    def start(self, config: Config, step: int) -> None:
+    def start(self, config: Config, step: int, problems: Sequence[Problem]) -> None:
         """Make the folder, or in a resumed run forget what was logged after `step`: those steps come again."""
         self.track = start_tracker(config, self.folder)
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         for unfinished in (self.folder / "checkpoints").glob(".*.unfinished-*"):  # of a run that was killed
             shutil.rmtree(unfinished)
         (self.folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-        for name in ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl", "scores.jsonl"):
+        for name in ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl", "scores.jsonl", "probes.jsonl"):
             path = self.folder / name
             rewound = path.with_name(path.name + ".tmp")
             with rewound.open("w") as file:  # at step 0 everything comes again, the first evaluation too
-                file.writelines(json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step != 0)
+                file.writelines(json.dumps(line) + "\n" for line in data.read_lines(path) if line["step"] <= step != 0)
             os.replace(rewound, path)
+        if step == 0:  # a problem's accuracy begins with its offline pass rate
+            self._append("scores.jsonl", [
+                {"step": 0, "id": problem.id, "score": problem.pass_rate} for problem in problems
+                if problem.pass_rate is not None
+            ])
 
     def log_metrics(self, step: int, metrics: dict[str, float | None]) -> None:
         self._append("metrics.jsonl", [metrics])
@@ -759,8 +818,12 @@ class Run:
     def log_evaluation(self, step: int, result: Evaluation) -> None:
         self._append("evaluations.jsonl", [{"step": step, **asdict(result)}])
 
+    def log_probe(self, step: int, stage: int, curves: ProbeCurves, chosen: float) -> None:
+        """Write down how a stage's `auto` temperature was chosen, before the step after `step`."""
+        self._append("probes.jsonl", [{"step": step, "stage": stage, "chosen": chosen, **asdict(curves)}])
+
     def has_evaluation(self, step: int) -> bool:
-        return any(line["step"] == step for line in read_lines(self.folder / "evaluations.jsonl"))
+        return any(line["step"] == step for line in data.read_lines(self.folder / "evaluations.jsonl"))
 
     def log_rollouts(self, step: int, groups: Sequence[Group]) -> None:
         """Write down every rollout as it was drawn, and each problem's pass rate."""
@@ -777,7 +840,7 @@ class Run:
     def scores(self, first_step: int, last_step: int) -> dict[str, list[float]]:
         """Collect each problem's pass rates, as they were before rescue, from the first to the last step."""
         collected: dict[str, list[float]] = defaultdict(list)
-        for line in read_lines(self.folder / "scores.jsonl"):
+        for line in data.read_lines(self.folder / "scores.jsonl"):
             if first_step <= line["step"] <= last_step:
                 collected[line["id"]].append(line["score"])
         return collected
@@ -792,15 +855,7 @@ class Run:
         return self.checkpoints()[-1] if self.checkpoints() else None
 
     def _append(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
-        with (self.folder / name).open("a") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Read a jsonl file of this run, without a last line that a kill cut short."""
-    if path.exists():
-        with path.open() as file:
-            yield from (json.loads(line) for line in file if line.endswith("\n"))
+        data.append_lines(self.folder / name, lines)
 
 
 def start_tracker(config: Config, folder: Path) -> Callable[[dict[str, float], int], None]:
@@ -874,8 +929,7 @@ class Interrupt:
 
 
 def step_metrics(
-    config: Config, state: State, stage: Stage, groups: Sequence[Group], batch: Sequence[Group], update: Update,
-    clock: Clock,
+    config: Config, state: State, groups: Sequence[Group], batch: Sequence[Group], update: Update, clock: Clock
 ) -> dict[str, float | None]:
     """Put a step into one line of metrics.jsonl. `groups` are as generated, `batch` is what was trained on."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -885,7 +939,7 @@ def step_metrics(
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_process_bytes()
     return {
         "step": state.step,
-        "stage": config.stage_number(state.step - 1),
+        "stage": state.stage,
         "reward/mean": sum(rates) / len(rates),
         "reward/solve_none": sum(rate == 0 for rate in rates) / len(rates),
         "reward/solve_all": sum(rate == 1 for rate in rates) / len(rates),
@@ -895,8 +949,11 @@ def step_metrics(
         "response/tokens_mean": sum(tokens) / len(tokens),
         "response/tokens_max": max(tokens),
         "response/truncated": sum(rollout.truncated for rollout in rollouts) / len(rollouts),
-        "sampling/temperature": stage.temperature,
-        "diversity/distinct_4": sum(distinct_n([r.text for r in group.rollouts]) for group in groups) / len(groups),
+        "sampling/temperature": state.temperature,
+        "diversity/distinct_4": mean_distinct_n([[r.text for r in group.rollouts] for group in groups]),
+        "diversity/distinct_4_fixed": none_if_nan(
+            mean_distinct_n([[r.text for r in group.rollouts] for group in groups], words=config.diversity_words)
+        ),
         "policy/entropy": update.entropy,
         "policy/loss": update.loss,
         "policy/clip_fraction": update.clip_fraction,
@@ -911,8 +968,14 @@ def step_metrics(
         "time/step": seconds,
         "tokens/rollout": sum(tokens),
         "tokens/per_second": sum(tokens) / clock.seconds["rollout"],
+        "tokens/update": update.tokens,
+        "tokens/update_saved": update.tokens_saved,
         "memory/peak_gib": memory / 2**30,
     }
+
+
+def none_if_nan(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def peak_process_bytes() -> int:
@@ -978,7 +1041,7 @@ def finish(setup: Setup, config: Config, run: Run, display: Display, interrupted
         display.note(f"stopped after step {setup.state.step} of {config.total_steps}")
         display.note(f"go on with: python train.py --resume {folder}")
         return
-    evaluations = list(read_lines(folder / "evaluations.jsonl"))
+    evaluations = list(data.read_lines(folder / "evaluations.jsonl"))
     if evaluations:
         first = evaluations[0]
         table = Table(title=f"held-out pass rate, {first['problems']} problems x {first['k']} rollouts")
@@ -987,7 +1050,7 @@ def finish(setup: Setup, config: Config, run: Run, display: Display, interrupted
         for name, e in (("before", first), ("after", evaluations[-1])):
             low, high = max(0.0, e["avg_at_k"] - e["interval"]), min(1.0, e["avg_at_k"] + e["interval"])
             table.add_row(name, str(e["step"]), f"{e['avg_at_k']:.1%}", f"{low:.1%} - {high:.1%}",
-                          f"{e['pass_at_k']:.1%}", f"{e['tokens_mean']:.0f}", f"{e['truncated']:.1%}")
+                          f"{e['pass_at_k'][-1]:.1%}", f"{e['tokens_mean']:.0f}", f"{e['truncated']:.1%}")
         display.console.print(table)
     display.note(f"plot        {draw(folder)}")
     display.note(f"checkpoint  {checkpoint}  (AutoModelForCausalLM.from_pretrained reads it)")
@@ -1010,12 +1073,12 @@ def draw(folder: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = list(read_lines(folder / "metrics.jsonl"))
+    lines = list(data.read_lines(folder / "metrics.jsonl"))
     if not lines:
         raise DataError(f"{folder}: no metrics.jsonl with a step in it; give the folder of a run")
-    evaluations = list(read_lines(folder / "evaluations.jsonl"))
+    evaluations = list(data.read_lines(folder / "evaluations.jsonl"))
     steps = [line["step"] for line in lines]
-    figure, axes = pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    figure, axes = pyplot.subplots(3, 3, figsize=(15, 12), layout="constrained")
 
     def curves(axis: Any, title: str, **named: str) -> None:
         for label, metric in named.items():
@@ -1029,7 +1092,7 @@ def draw(folder: Path) -> Path:
         when = [e["step"] for e in evaluations]
         axis.errorbar(when, [e["avg_at_k"] for e in evaluations], yerr=[e["interval"] for e in evaluations],
                       marker="o", capsize=3, label="held-out, 95 %")
-        axis.plot(when, [e["pass_at_k"] for e in evaluations], "--", label="held-out pass@k")
+        axis.plot(when, [e["pass_at_k"][-1] for e in evaluations], "--", label="held-out pass@k")
     axis.set_ylim(0, 1)
     axis.legend()
     curves(axes[0, 1], "share of groups", none_correct="reward/solve_none", all_correct="reward/solve_all",
@@ -1042,15 +1105,29 @@ def draw(folder: Path) -> Path:
     axes[1, 2].stackplot(steps, *([line[f"time/{phase}"] for line in lines] for phase in phases), labels=phases)
     axes[1, 2].set(title="seconds per step", xlabel="step")
     axes[1, 2].legend()
+    stages = {line["stage"]: line["step"] for line in lines}  # stage -> its last step
+    for axis, (stage, last) in zip(axes[2], list(stages.items())[-3:], strict=False):
+        first = min(line["step"] for line in lines if line["stage"] == stage)
+        counts = {f"{name} stage {stage}": known_difficulty(folder, step)
+                  for name, step in (("before", first - 1), ("after", last))}
+        data.plot_histograms(axis, counts)
+    for axis in axes[2][len(stages):]:
+        axis.set_axis_off()
     for before, after in itertools.pairwise(lines):
         if before["stage"] != after["stage"]:
-            for axis in axes.flat:
+            for axis in axes[:2].flat:
                 axis.axvline(after["step"] - 0.5, color="grey", linestyle=":")
     path = folder / "plots" / "run.png"
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path
+
+
+def known_difficulty(folder: Path, step: int) -> list[int]:
+    """Return the histogram of each problem's latest pass rate up to a step, offline ones included."""
+    latest = {line["id"]: line["score"] for line in data.read_lines(folder / "scores.jsonl") if line["step"] <= step}
+    return difficulty_histogram(latest.values())
 
 
 # -------------------------------------------------------------------- the command line
@@ -1092,11 +1169,18 @@ FIXED_IN_A_RUN = ("model", "data", "seed", "optimizer", "lora_rank", "lora_alpha
 
 
 def stage_options() -> tyro.constructors.ConstructorRegistry:
-    """Let --stages take any number of stages, each as STEPS:TEMPERATURE:MAX_RESPONSE_TOKENS."""
+    """Let --stages take any number of stages, each as STEPS:TEMPERATURE:MAX_RESPONSE_TOKENS[:plateau][:reset]."""
 
     def parse(words: list[str]) -> Stage:
-        steps, temperature, tokens = words[0].split(":")
-        return Stage(int(steps), float(temperature), int(tokens))
+        steps, temperature, tokens, *flags = words[0].split(":")
+        if not set(flags) <= {"plateau", "reset"}:
+            raise ValueError(f"{words[0]}: after the tokens may come plateau and reset")
+        return Stage(int(steps), "auto" if temperature == "auto" else float(temperature), int(tokens),
+                     "plateau" if "plateau" in flags else "steps", "reset" in flags)
+
+    def show(stage: Stage) -> str:
+        return (f"{stage.steps}:{stage.temperature}:{stage.max_response_tokens}"
+                + ":plateau" * (stage.until == "plateau") + ":reset" * stage.reset_optimizer)
 
     registry = tyro.constructors.ConstructorRegistry()
 
@@ -1105,9 +1189,9 @@ def stage_options() -> tyro.constructors.ConstructorRegistry:
         if info.type is not Stage:
             return None
         return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1, metavar="STEPS:TEMPERATURE:TOKENS", instance_from_str=parse,
+            nargs=1, metavar="STEPS:TEMPERATURE:TOKENS[:plateau][:reset]", instance_from_str=parse,
             is_instance=lambda value: isinstance(value, Stage),
-            str_from_instance=lambda stage: [f"{stage.steps}:{stage.temperature}:{stage.max_response_tokens}"],
+            str_from_instance=lambda stage: [show(stage)],
         )
 
     return registry

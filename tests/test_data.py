@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -19,8 +20,8 @@ import pytest
 from pyarrow import parquet
 
 import data
-from data import DataError, ProblemSampler, WorkedExample
-from polaris_mini import Config, Problem
+from data import DataError, ProblemSampler, Sink, WorkedExample
+from polaris_mini import Config, Problem, Rollout
 
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
 needs_assets = pytest.mark.skipif(not ASSETS.is_dir(), reason="the shared assets are not here")
@@ -73,7 +74,13 @@ def test_deepscaler_needs_its_duplicates_left_out(capsys: pytest.CaptureFixture[
     ({"problem": "1+1?", "answer": 2.0, "id": 3.0, "pass_rate": 0.25}, Problem("3", "1+1?", ("2",), 0.25)),
     ({"problem": "1+1?", "answer": 0.5, "id": "a", "difficulty": "3/8"}, Problem("a", "1+1?", ("0.5",), 0.375)),
     ({"problem": "1+1?", "answer": 2, "id": "a", "difficulty": 5.0}, Problem("a", "1+1?", ("2",))),
+    ({"problem": "1+1?", "answer": 2, "id": "a", "system": " Be terse.\n"},
+     Problem("a", "1+1?", ("2",), system="Be terse.")),
+    ({"problem": "1+1?", "answer": 2, "id": "a", "system": None}, Problem("a", "1+1?", ("2",))),
     (verl_row(142.0, index=0), Problem("0", "1 + 1?", ("142",))),
+    (verl_row("2", index=0, pass_rate=0.0), Problem("0", "1 + 1?", ("2",), 0.0)),
+    (verl_row("2", index=0, pass_rate=0.25) | {"pass_rate": None}, Problem("0", "1 + 1?", ("2",), 0.25)),
+    (verl_row("2", index=0, pass_rate=0.25) | {"pass_rate": 0.0}, Problem("0", "1 + 1?", ("2",), 0.0)),
     (verl_row(["9.6\n"], id=5, index=None), Problem("5", "1 + 1?", ("9.6",))),
     (verl_row("2", index=1) | {"prompt": [{"role": "system", "content": "Be terse."},
                                           {"role": "user", "content": "1+1?"}]},
@@ -130,6 +137,8 @@ BAD_ROWS: list[tuple[object, str]] = [  # the row, what the message says after t
     ({"problem": "1+2?", "answer": "3", "id": []}, r"id is \[\]: give"),
     ({"problem": "1+2?", "answer": "3", "pass_rate": 1.5}, "pass rate is 1.5: give a share from 0 to 1"),
     ({"problem": "1+2?", "answer": "3", "difficulty": "9/8"}, "pass rate is 1.125: give"),
+    ({"problem": "1+2?", "answer": "3", "system": ["terse"]}, r"system is \['terse'\]: give a text"),
+    (verl_row("2", pass_rate=-1), "pass rate is -1: give"),
     (verl_row(None), "ground_truth is missing"),
     (verl_row("2") | {"reward_model": "2"}, "reward_model: is '2': give an object"),
     (verl_row("2") | {"prompt": "1+1?"}, r"prompt is '1\+1\?': give a list"),
@@ -191,7 +200,7 @@ def test_missing_source(tmp_path: Path) -> None:
         (f"{tmp_path}/nothing", "no such file: check the path"),
         (f"{tmp_path}/no/train.jsonl", f"no folder {tmp_path}/no: check the path"),
         (f"{tmp_path}", "is a folder: give one of the files in it"),
-        ("nothing", r"--data 'nothing' is neither a file nor .*: give a file \(.jsonl, .* or owner/name"),
+        ("nothing", r"^'nothing' is neither a file nor .*: give a file \(.jsonl, .* or owner/name"),
     ]:
         with pytest.raises(DataError, match=message):
             data.load_problems(source)
@@ -428,6 +437,133 @@ def test_mastered_problems_leave() -> None:
         sampler.peek(9)
 
 
+# -------------------------------------------------------------------------------- sink
+
+
+def rollout(problem_id: str, text: str = "") -> Rollout:
+    rng = random.Random(problem_id + text)
+    tokens = [rng.randrange(200_000) for _ in range(20)]
+    return Rollout(problem_id, (1, 2, 3), tokens, [-rng.expovariate(1) for _ in tokens], text, "stop", 1.0, "correct")
+
+
+def stored(sink: Sink) -> dict[str, str]:
+    return {problem_id: rollout.text for problem_id, rollout in sink.items()}
+
+
+def test_sink_gives_back_what_was_put_in(tmp_path: Path) -> None:
+    text = "half \ud800, two \ud83d\ude00, \0 \n"
+    odd = Rollout("é", (), [0, 2**31 - 1], [-0.0, -1e-320], text, "length", 0.5, "\udfff")
+    sink = Sink(tmp_path / "sink.db")
+    for item in (odd, rollout("a"), rollout("b", "pending")):
+        assert item.problem_id not in sink
+        sink[item.problem_id] = item
+        assert sink[item.problem_id] == item
+        if item.text != "pending":
+            sink.commit(1)
+            assert sink[item.problem_id] == item
+    assert (len(sink), sorted(sink)) == (3, ["a", "b", "é"])
+    again = Sink(tmp_path / "sink.db")
+    assert dict(again) == {"a": rollout("a"), "é": odd}
+    assert [type(again["a"].prompt_tokens), type(again["a"].response_tokens)] == [tuple, list]
+    with pytest.raises(KeyError):
+        again["b"]
+    with pytest.raises(NotImplementedError, match="by rewind and prune only"):
+        del again["a"]
+
+
+def test_sink_keeps_the_latest_and_rewinds() -> None:
+    sink = Sink(None)
+    for step in range(1, 6):
+        sink["a"] = rollout("a", f"step {step}")
+        if step % 2 == 0:
+            sink["b"] = rollout("b", f"step {step}")
+        sink.commit(step)
+    sink["a"] = sink["c"] = rollout("a", "pending")
+    assert stored(sink) == {"a": "pending", "b": "step 4", "c": "pending"}
+    sink.rewind(5)
+    assert stored(sink) == {"a": "step 5", "b": "step 4"}
+    sink.rewind(3)
+    assert stored(sink) == {"a": "step 3", "b": "step 2"}
+    sink["a"] = rollout("a", "another step 4")
+    sink.commit(4)
+    assert stored(sink) == {"a": "another step 4", "b": "step 2"}
+    sink.rewind(0)
+    assert stored(sink) == {}
+
+
+@pytest.mark.parametrize("oldest", range(7))
+def test_prune_takes_nothing_that_a_rewind_needs(oldest: int) -> None:
+    def filled() -> Sink:
+        sink, rng = Sink(None), random.Random(oldest)
+        for step in range(1, 7):
+            for problem_id in rng.sample("abcdef", 3):
+                sink[problem_id] = rollout(problem_id, f"step {step}")
+            sink.commit(step)
+        return sink
+
+    for step in range(oldest, 7):
+        pruned, whole = filled(), filled()
+        pruned.prune(oldest)
+        [[rows]] = pruned._database.execute("SELECT count(*) FROM rollouts WHERE step <= ?", (oldest,))
+        for sink in (pruned, whole):
+            sink.rewind(step)
+        assert dict(pruned) == dict(whole)
+        whole.rewind(oldest)
+        assert rows == len(whole)  # one row a problem is left of the steps up to the oldest
+
+
+def in_a_process(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    code = f"import os, resource, signal, sys\nfrom pathlib import Path\nfrom data import Sink, Rollout\n{code}"
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=Path(data.__file__).parent, text=True,
+                          capture_output=True, check=False)  # fmt: skip
+
+
+def test_killed_process_loses_its_last_step_at_most(tmp_path: Path) -> None:
+    code = """
+class Deadly:
+    def __iter__(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+sink = Sink(Path(sys.argv[1]))
+for step in (1, 2, 3):
+    for i in range(50):  # by then step 3 is written in part: it is more than the cache holds
+        tokens = Deadly() if (step, i) == (3, 40) else [step] * 15000
+        sink[f"{i}"] = Rollout(f"{i}", (), tokens, [0.0] * 15000, f"step {step}", "stop")
+    sink.commit(step)
+"""
+    assert in_a_process(code, tmp_path / "sink.db").returncode == -signal.SIGKILL
+    assert Path(f"{tmp_path}/sink.db-journal").stat().st_size > 0  # the kill was in the middle of a transaction
+    sink = Sink(tmp_path / "sink.db")
+    assert stored(sink) == {str(i): "step 2" for i in range(50)}
+    sink["0"] = rollout("0", "step 3")
+    sink.commit(3)
+    sink.rewind(1)
+    assert set(stored(sink).values()) == {"step 1"}
+
+
+def test_sink_needs_little_memory(tmp_path: Path) -> None:
+    code = """
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
+sink, before = Sink(Path(sys.argv[1])), peak()
+for i in range(300):
+    sink[f"{i}"] = Rollout(f"{i}", (), list(range(i, i + 15000)), [-j / 7 for j in range(15000)], "x" * 40000, "stop")
+    if i % 10 == 9:
+        sink.commit(i)
+assert len(sink) == 300 and sum(sink[f"{i}"].response_tokens[1] == i + 1 for i in range(300)) == 300
+sink.prune(300)
+print(peak() - before)
+"""
+    grown = in_a_process(code, tmp_path / "sink.db")
+    assert (tmp_path / "sink.db").stat().st_size > 300 * 15000 * 12
+    assert float(grown.stdout) < 40, grown.stderr
+
+
+def test_sink_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "sink.db").write_text("no database, but a text of some length" * 100)
+    for path in (tmp_path / "sink.db", tmp_path / "no" / "sink.db"):
+        with pytest.raises(DataError, match=rf"{path}: cannot be used \(.*\): check the folder .* delete the file"):
+            Sink(path)
+
+
 # ----------------------------------------------------------------------- the toy world
 
 
@@ -441,7 +577,7 @@ def test_toy_problems_are_sums() -> None:
         assert problem.id == problem.text
         assert 1 <= min(terms) <= max(terms) <= 12
     lengths = Counter(problem.text.count(" + ") + 1 for problem in problems)
-    assert set(lengths) == set(range(2, 9))
+    assert set(lengths) == set(data.TOY_TERMS["toy"])
     assert all(100 < count < 400 for count in lengths.values())
 
 

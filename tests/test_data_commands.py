@@ -1,0 +1,265 @@
+"""Filter by pass rate into both layouts, read them back, draw histograms, make every mistake of the command line."""
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pyarrow
+import pytest
+from matplotlib.figure import Figure
+from pyarrow import parquet
+
+import data
+from data import DataError
+from polaris_mini import Config, Problem
+
+ROOT = Path(data.__file__).parent
+BENCHMARKS = Path(__file__).parents[2] / "shared" / "assets" / "benchmarks"
+needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the shared assets are not here")
+
+
+def command(*arguments: object, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(folder / "data.py"), *map(str, arguments)], capture_output=True,
+                          text=True, check=False)  # fmt: skip
+
+
+def run(*arguments: object) -> None:
+    data.main([*map(str, arguments)])
+
+
+def scores(path: Path, correct: list[int], **more: Any) -> Path:
+    """Write what `measure` writes, with so many of 8 rollouts correct."""
+    path.write_text("".join(json.dumps({
+        "id": f"id{i}", "problem": f"What is ${i} + é$?", "answers": [str(i)], "system": None, "pass_rate": k / 8,
+        "rollouts": 8, "tokens_mean": 7.5, "truncated": 0, "settings": {"temperature": 1.0}, **more,
+    }) + "\n" for i, k in enumerate(correct)))  # fmt: skip
+    return path
+
+
+def without_suffix(problems: list[Problem]) -> list[tuple[object, ...]]:
+    return [(p.id, p.text.removesuffix(f" {Config.prompt_suffix}"), p.answers, p.pass_rate, p.system) for p in problems]
+
+
+# ---------------------------------------------------------------------------- filter
+
+
+@pytest.mark.parametrize(("options", "kept"), [
+    ([], [0, 1, 4, 7]),  # the recipe: only what was always solved leaves
+    (["--max-pass-rate", "1"], [0, 1, 4, 7, 8]),
+    (["--min-pass-rate", "0.125"], [1, 4, 7]),
+    (["--min-pass-rate", "0.5", "--max-pass-rate", "0.5"], [4]),
+])  # fmt: skip
+def test_filter_keeps_the_range(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], kept: list[int]
+) -> None:
+    source = scores(tmp_path / "scores.jsonl", [0, 1, 4, 7, 8])
+    run("filter", "--scores", source, "--out", tmp_path / "out.jsonl", *options)
+    found = data.load_problems(str(tmp_path / "out.jsonl"))
+    assert found == [p for p in data.load_problems(str(source)) if p.pass_rate in [k / 8 for k in kept]]
+    below, above = sum(k < min(kept) for k in (0, 1, 4, 7, 8)), sum(k > max(kept) for k in (0, 1, 4, 7, 8))
+    shown = capsys.readouterr().out
+    assert re.match(rf".*out.jsonl: kept {len(kept)} of 5 problems, removed {below} below .* and {above} above", shown)
+    assert "\nbefore, 5 problems: U\n" in shown
+    assert f"\nafter, {len(kept)} problems: " in shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "scores.jsonl"]  # nothing unfinished
+
+
+def test_filter_shows_histograms_and_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = scores(tmp_path / "scores.jsonl", [0] * 100 + list(range(1, 8)) * 10 + [8] * 200)
+    run("filter", "--scores", source, "--out", tmp_path / "out.parquet")
+    head, before, after = capsys.readouterr().out.strip().split("\n\n")
+    assert head.endswith("kept 170 of 370 problems, removed 0 below 0.0 and 200 above 0.999")
+    assert before.splitlines()[:2] == ["before, 370 problems: J", f"0/8      100  27.0% {'#' * 25}"]
+    assert before.splitlines()[-1] == f"8/8      200  54.1% {'#' * 50}"
+    assert after.splitlines()[0] == "after, 170 problems: mirrored J"
+    assert after.splitlines()[-1] == "8/8        0   0.0%"
+    assert all(len(line) <= 80 for line in (before + "\n" + after).splitlines())
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("layout", ["plain", "verl"])
+@pytest.mark.parametrize("answers", [("1",), ("1", "one")])
+@pytest.mark.parametrize("ids", [("0", "12"), ("7", "07"), ("7", "x"), ("7", "9" * 30), ("7", "-7")])
+@pytest.mark.parametrize("system", [None, "Be terse."])
+def test_both_layouts_load_back(
+    tmp_path: Path, suffix: str, layout: str, answers: tuple[str, ...], ids: tuple[str, str], system: str | None
+) -> None:
+    with_suffix = f"2é? {Config.prompt_suffix}"
+    rows = [{"id": ids[0], "problem": "1?", "answers": answers, "pass_rate": 1 / 3, "system": None},
+            {"id": ids[1], "problem": with_suffix, "answers": ["2"], "pass_rate": 0, "system": system}]
+    source, out = tmp_path / "scores.json", tmp_path / f"out{suffix}"
+    source.write_text(json.dumps(rows))
+    run("filter", "--scores", source, "--out", out, "--layout", layout)
+    problems = data.load_problems(str(source))
+    assert without_suffix(data.load_problems(str(out))) == without_suffix(problems)
+    [first, second] = [row for _, row in data.READERS[suffix](out)]
+    if layout == "plain":
+        assert list(first) == ["id", "problem", "answers", "pass_rate"] + (["system"] if system else [])
+        assert data.load_problems(str(out)) == problems
+        return
+    user = {"role": "user", "content": f"1? {Config.prompt_suffix}"}
+    number = ids == ("0", "12")
+    assert first == {
+        "data_source": "", "prompt": [user], "ability": "math",
+        "reward_model": {"ground_truth": list(answers) if len(answers) > 1 else "1", "style": "rule"},
+        "extra_info": {"index": 0 if number else ids[0], "pass_rate": 1 / 3, "split": "train"},
+    }  # fmt: skip
+    assert second["prompt"] == [{"role": "system", "content": "Be terse."}] * bool(system) + [
+        {"role": "user", "content": with_suffix}]  # fmt: skip
+    assert second["extra_info"]["index"] == (12 if number else ids[1])
+    assert second["reward_model"]["ground_truth"] == (["2"] if len(answers) > 1 else "2")
+
+
+def test_published_difficulties_are_pass_rates(tmp_path: Path) -> None:
+    rows = [{"problem": f"{k}?", "answer": f"{k}", "difficulty": f"{k}/8"} for k in range(9)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "published.parquet")
+    run("filter", "--scores", tmp_path / "published.parquet", "--out", tmp_path / "out.jsonl", "--layout", "verl")
+    assert [p.pass_rate for p in data.load_problems(str(tmp_path / "out.jsonl"))] == [k / 8 for k in range(8)]
+
+
+def test_filter_leaves_bad_rows_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = scores(tmp_path / "scores.jsonl", [0, 4], id="same")
+    with pytest.raises(DataError, match=r"line 2: id is same.*--skip-bad-rows"):
+        run("filter", "--scores", source, "--out", tmp_path / "out.jsonl")
+    run("filter", "--scores", source, "--out", tmp_path / "out.jsonl", "--skip-bad-rows")
+    run("histogram", source, "--skip-bad-rows")
+    assert [p.pass_rate for p in data.load_problems(str(tmp_path / "out.jsonl"))] == [0]
+    assert capsys.readouterr().err.count("1 of 2 rows left out") == 2
+
+
+@needs_benchmarks
+@pytest.mark.parametrize("name", ["aime24", "aime25", "amc23", "minerva", "olympiad"])
+def test_released_files_keep_their_content(tmp_path: Path, name: str) -> None:
+    released = parquet.ParquetFile(BENCHMARKS / f"{name}.parquet").read().to_pylist()
+    for row in released:
+        row["extra_info"]["pass_rate"] = 0.5
+    source, out = tmp_path / "scores.json", tmp_path / "out.parquet"
+    source.write_text(json.dumps(released))
+    run("filter", "--scores", source, "--out", out, "--layout", "verl")
+    assert data.load_problems(str(out)) == data.load_problems(str(source))
+    for row, other in zip(parquet.ParquetFile(out).read().to_pylist(), released, strict=True):
+        assert row["prompt"] == [{**turn, "content": turn["content"].strip()} for turn in other["prompt"]]
+        assert row["ability"] == other["ability"]
+        assert row["reward_model"]["style"] == other["reward_model"]["style"]
+        assert row["extra_info"]["index"] == other["extra_info"].get("index", other["extra_info"].get("id"))
+
+
+@needs_benchmarks
+def test_verl_schema_is_the_released_one_and_pass_rate(tmp_path: Path) -> None:
+    rows = [{"problem": "1?", "answer": "1", "id": 0, "pass_rate": 0.5}]
+    (tmp_path / "scores.json").write_text(json.dumps(rows))
+    run("filter", "--scores", tmp_path / "scores.json", "--out", tmp_path / "out.parquet", "--layout", "verl")
+    schema = parquet.read_schema(tmp_path / "out.parquet")
+    place, extra = schema.get_field_index("extra_info"), schema.field("extra_info").type
+    assert extra.field("pass_rate").type == pyarrow.float64()
+    without = pyarrow.struct([field for field in extra if field.name != "pass_rate"])
+    released = parquet.read_schema(BENCHMARKS / "aime24.parquet")
+    assert schema.set(place, pyarrow.field("extra_info", without)).equals(released, check_metadata=False)
+
+
+# -------------------------------------------------------------------------- histogram
+
+
+def test_histograms_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = scores(tmp_path / "before.jsonl", [0] * 5 + list(range(9)))
+    after = scores(tmp_path / "after.jsonl", [8] * 10_000)
+    run("histogram", before, after)
+    first, second, png = capsys.readouterr().out.strip().split("\n\n")
+    assert first.splitlines()[:2] == [f"{before}, 14 problems: mirrored J", f"0/8        6  42.9% {'#' * 50}"]
+    assert second.splitlines()[0] == f"{after}, 10000 problems: J"
+    assert second.splitlines()[-1] == f"8/8    10000 100.0% {'#' * 50}"
+    assert all(len(line) <= 80 for line in first.splitlines()[1:] + second.splitlines()[1:])
+    assert png == str(tmp_path / "before.png")
+    image = matplotlib.image.imread(png)
+    assert image.shape[:2] == (495, 880)
+    assert image.min() < 0.5 < image.max()  # something is drawn
+    run("histogram", before, "--out", tmp_path / "other.png")
+    assert (tmp_path / "other.png").stat().st_size > 5000
+
+
+def test_bars_stand_beside_each_other() -> None:
+    axis = Figure().subplots()
+    data.plot_histograms(axis, {"_before": [3, 0, 0, 0, 0, 0, 0, 0, 1], "after": [0] * 9})
+    bars = [[(round(bar.get_x(), 3), round(bar.get_width(), 3), bar.get_height()) for bar in group]
+            for group in axis.containers]  # fmt: skip
+    assert bars[0][0] == (-0.4, 0.4, 0.75)
+    assert bars[0][8] == (7.6, 0.4, 0.25)
+    assert bars[1] == [(float(k), 0.4, 0) for k in range(9)]  # no problem at all: no error
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == [f"{k}/8" for k in range(9)]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["4 problems: _before", "0 problems: after"]
+
+
+# ----------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["filter", "--scores", "scores.jsonl", "--out", "out.csv"], "--out out.csv: give a name .* .jsonl or .parquet"),
+    (["filter", "--scores", "scores.jsonl", "--out", "no/out.jsonl"], "--out no/out.jsonl: there is no folder no: m"),
+    (["filter", "--scores", "scores.jsonl", "--out", "scores.jsonl"], "--out scores.jsonl: exists already: give anoth"),
+    (["filter", "--scores", "score.jsonl", "--out", "out.jsonl"], "no such file: did you mean scores.jsonl"),
+    (["filter", "--scores", "scores", "--out", "out.jsonl"], "'scores' is neither a file nor"),
+    (["filter", "--scores", "unmeasured.jsonl", "--out", "out.jsonl"],
+     r"unmeasured.jsonl: problem b has no pass rate: measure first \(python data.py measure\)"),
+    (["filter", "--scores", "scores.jsonl", "--out", "out.jsonl", "--min-pass-rate", "1", "--max-pass-rate", "1"],
+     "scores.jsonl: no problem has a pass rate from 1.0 to 1.0: widen the range"),
+    *((["filter", "--scores", "scores.jsonl", "--out", "out.jsonl", *limits],
+       "--min-pass-rate is .*, --max-pass-rate .*: give shares, 0 <= min <= max <= 1") for limits in (
+        ["--min-pass-rate", "1"], ["--max-pass-rate", "8"], ["--min-pass-rate", "-1"], ["--max-pass-rate", "nan"])),
+    (["histogram"], "histogram has no file: give one"),
+    (["histogram", "scores.jsonl", "unmeasured.jsonl"], "unmeasured.jsonl: problem b has no pass rate: measure first"),
+    (["histogram", "scores.jsonl", "--out", "scores.jsonl"], "--out scores.jsonl: give a name that ends in .png"),
+    (["histogram", "scores.jsonl", "--out", "no/out.png"], "--out no/out.png: there is no folder no: make it first"),
+])  # fmt: skip
+def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    written = scores(tmp_path / "scores.jsonl", [0, 4]).read_text()
+    measured, unmeasured = ({"problem": f"{name}?", "answer": "1", "id": name} for name in "ab")
+    Path("unmeasured.jsonl").write_text(f'{json.dumps(measured | {"pass_rate": 0})}\n{json.dumps(unmeasured)}\n')
+    with pytest.raises(DataError, match=message) as caught:
+        run(*arguments)
+    assert "\n" not in str(caught.value)
+    assert sorted(os.listdir()) == ["scores.jsonl", "unmeasured.jsonl"]  # nothing was written
+    assert Path("scores.jsonl").read_text() == written
+
+
+def test_mistakes_end_with_one_line_and_code_2(tmp_path: Path) -> None:
+    source = scores(tmp_path / "scores.jsonl", [0, 4])
+    locked = tmp_path / "out.png"
+    locked.mkdir()
+    for arguments, message in [
+        (["filter", "--scores", source, "--out", source], f"--out {source}: exists already"),
+        (["histogram", tmp_path / "no.jsonl"], "there is no such file: did you mean scores.jsonl?"),
+        (["histogram", source, "--out", locked], "Is a directory"),  # as the operating system says it
+    ]:
+        ended = command(*arguments)
+        assert ended.returncode == 2, ended.stderr
+        assert re.fullmatch(rf"data\.py: error: .*{re.escape(message)}.*\n", ended.stderr), ended.stderr
+    for arguments in ([], ["filter"], ["sort"], ["filter", "--scores", source, "--out", "a.jsonl", "--layout", "odd"]):
+        ended = command(*arguments)
+        assert ended.returncode == 2, ended.stdout
+        assert "Traceback" not in ended.stderr
+
+
+def test_help_names_every_command_and_option() -> None:
+    shown = command("--help")
+    assert shown.returncode == 0
+    assert all(name in shown.stdout for name in ("measure", "filter", "histogram", "python data.py filter --scores"))
+    shown = command("filter", "--help")
+    assert all(f"--{name} " in shown.stdout for name in ("scores", "out", "min-pass-rate", "max-pass-rate", "layout"))
+    assert "Highest pass rate to keep." in shown.stdout
+
+
+def test_measure_is_handed_over(tmp_path: Path) -> None:
+    for name in ("data.py", "polaris_mini.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "rollout.py").write_text("import sys\nprint(sys.argv)\nsys.exit(7)\n")
+    ended = command("measure", "--data", "a b.jsonl", "--help", folder=tmp_path)
+    assert ended.returncode == 7
+    assert ended.stdout == f"{[str(tmp_path / 'rollout.py'), 'measure', '--data', 'a b.jsonl', '--help']}\n"
