@@ -485,7 +485,8 @@ def temperature_grid(text: str) -> list[float]:
     try:
         if ":" in text:
             start, end, step = map(float, text.split(":"))
-            grid = [round(start + i * step, 6) for i in range(math.floor((end - start) / step + 1e-6) + 1)]
+            count = math.floor((end - start) / step + 1e-6) + 1
+            grid = [round(start + i * step, 6) for i in range(min(count, 1000))]
         else:
             grid = [float(word) for word in text.split(",")]
     except (ValueError, ZeroDivisionError, OverflowError):
@@ -510,9 +511,13 @@ def temperature_zones(accuracy: Mapping[float, float], noise: Mapping[float, flo
 
     noise: temperature -> standard error of the difference to the best accuracy, where it is known.
 
+    Raises: ValueError if nothing was correct at any temperature.
+
     Source: blog, the zones of its section on temperature. That 1 % and 80 % give its borders is our reading.
     """
     best = max(accuracy.values())
+    if best <= 0:
+        raise ValueError("accuracy is 0 at every temperature: probe easier problems or more of them, or give a number")
     exploration = max(t for t, value in accuracy.items() if value >= 0.8 * best)
     tolerance = {t: max(0.01 * best, (noise or {}).get(t, 0.0)) for t in accuracy}
     robust = max(t for t, value in accuracy.items() if value >= best - tolerance[t] and t <= exploration)

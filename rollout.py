@@ -486,11 +486,20 @@ class Command(Common):
             ("top_p", 0 < self.top_p <= 1, "give a share above 0, 1 at most"),
             ("top_k", self.top_k >= 0, "give a number of tokens, or 0 for all"),
             ("max_response_tokens", self.max_response_tokens >= 1, "give at least 1"),
-            ("rollouts", (getattr(self, "rollouts", None) or 1) >= 1, "give at least 1"),
-            ("temperature", getattr(self, "temperature", 1.0) > 0, "give a value above 0"),
+            ("rollouts", getattr(self, "rollouts", None) is None or self.rollouts >= 1,  # type: ignore[attr-defined]
+             "give at least 1"),
+            ("temperature", 0 < getattr(self, "temperature", 1.0) < math.inf, "give a value above 0"),
+            ("yarn_factor", 1 <= getattr(self, "yarn_factor", 1.0) < math.inf, "give 1 (off) or more"),
+            ("yarn_attention_scale", 0 < getattr(self, "yarn_attention_scale", 1.0) < math.inf, "give a value above 0"),
+            ("length_bounds", _rising(getattr(self, "length_bounds", ())), "give rising numbers of tokens"),
+            ("limits", _rising(getattr(self, "limits", ())), "give rising numbers of tokens"),
         ):
             if not ok:
                 raise ValueError(f"{name} is {getattr(self, name)}: {advice}")
+
+
+def _rising(numbers: Sequence[int]) -> bool:
+    return all(0 <= below < above for below, above in pairwise([0, *numbers]))
 
 
 @dataclass(frozen=True)
@@ -568,10 +577,13 @@ class Session:
         self.pool = reward_pool(options, self.tokenizer)
         self._engines: dict[str, Engine] = {}
         self._done: dict[tuple[str, str], Measured] = {}
-        for line in data.read_lines(path):
-            outcomes = tuple(Outcome(**outcome) for outcome in line.pop("outcomes"))
-            found = Measured(**{**line, "answers": tuple(line["answers"])}, outcomes=outcomes)
-            self._done[_key(found.settings), found.id] = found
+        try:
+            for line in data.read_lines(path):
+                outcomes = tuple(Outcome(**outcome) for outcome in line.pop("outcomes"))
+                found = Measured(**{**line, "answers": tuple(line["answers"])}, outcomes=outcomes)
+                self._done[_key(found.settings), found.id] = found
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: exists and is not a file of this command: give another --out") from error
 
     def problems(self, source: str) -> list[Problem]:
         problems = encode_prompts(self.options, load_problems(self.options, source), self.tokenizer)
@@ -595,6 +607,10 @@ class Session:
         others = {other for other, _ in self._done} - {key}
         if not keep_text and others:
             raise DataError(f"{self.path}: holds pass rates with other settings, {others.pop()}: give another --out")
+        for problem in problems:
+            found = self._done.get((key, problem.id))
+            if found is not None and (found.problem, found.answers) != (problem.text, problem.answers):
+                raise DataError(f"{self.path}: problem {problem.id} has changed in {source} since: give another --out")
         missing = [problem for problem in problems if (key, problem.id) not in self._done]
         size = max(1, options.rollouts_per_batch // rollouts)
         # The chunks are those of the whole list, so that an interrupted measurement draws the same responses.
@@ -694,8 +710,14 @@ def run_probe(options: Probe) -> None:
     plot = folder / "probe.png"
     plot_probe(curves, zones, plot)
     results = {"settings": asdict(options), "curves": asdict(curves), "zones": asdict(zones), "temperature": chosen}
-    data.write_whole(folder / "probe.json", json.dumps(results, indent=2) + "\n")
+    write_results(folder / "probe.json", results)
     print(f"\n\n{plot}, {folder / 'probe.json'}")
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Write json; nan, which json does not know, becomes null."""
+    known = json.loads(json.dumps(results), parse_constant=lambda nan: None)
+    data.write_whole(path, json.dumps(known, indent=2) + "\n")
 
 
 def plot_probe(curves: ProbeCurves, zones: Zones, path: Path) -> None:
@@ -742,13 +764,13 @@ def run_eval(options: Eval) -> None:
     with session.pool:
         for variant, yarn in variants.items():
             for source, problems in sources.items():
-                k = options.rollouts or PUBLISHED_ROLLOUTS.get(Path(source).stem, 8)
+                k = options.rollouts or PUBLISHED_ROLLOUTS.get(Path(source).name.partition(".")[0], 8)
                 found = session.measure(source, problems, k, options.temperature, yarn)
                 results.setdefault(source, {})[variant] = asdict(Evaluation.of(found)) | {
                     "by_length": by_length(found, options.length_bounds), "by_limit": by_limit(found, options.limits),
                 }
     path = folder / "results.json"
-    data.write_whole(path, json.dumps({"settings": asdict(options), "results": results}, indent=2) + "\n")
+    write_results(path, {"settings": asdict(options), "results": results})
     print_evaluations(results, options)
     print(path)
 

@@ -218,6 +218,9 @@ def choose_temperature(
         return stage.temperature
     if first:
         curves = probe(temperature_grid(config.probe_temperatures))
+        if not any(curves.accuracy.values()):
+            raise DataError("temperature is auto, but no response of the probe was correct: raise --probe-problems, or "
+                            "give a number")
         chosen = pick_temperature(curves.accuracy, curves.distinct_4, noise=curves.noise)
         state.diversity = curves.distinct_4[chosen]
     else:
@@ -526,8 +529,10 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
     device = resolve_device(config.device)
     training, evaluation = load_data(config)
     warmup = data.load_worked_examples(config.warmup) if config.warmup else []
-    source = toy_model_folder(config, training, display) if config.model == "toy" else config.model
-    tokenizer = load_tokenizer(str(source), trust_remote_code=config.trust_remote_code)
+    toy = config.model == "toy"
+    tokenizer: PreTrainedTokenizerBase = data.toy_tokenizer()
+    if not toy:
+        tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     training = encode_prompts(config, training, tokenizer)
     evaluation = encode_prompts(config, evaluation, tokenizer) if evaluation else []
     if len(training) < config.prompts_per_step:
@@ -535,6 +540,7 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
             f"prompts_per_step is {config.prompts_per_step}, but there are {len(training)} training problems: "
             "lower --prompts-per-step, or give more data"
         )
+    source = toy_model_folder(config, training, display) if toy else config.model
     checkpoint = run.newest_checkpoint()
     policy = load_policy(config, str(source), checkpoint, device)
     check_packing(policy, config)

@@ -36,8 +36,20 @@ def test_imports_go_one_way():
         assert imported(module) & set(MAY_IMPORT) <= allowed, module
 
 
-def test_whole_trainer_is_under_3000_lines_and_the_readme_counts_them_right():
-    counts = {module: len((ROOT / f"{module}.py").read_text().splitlines()) for module in MAY_IMPORT}
+def lines_of_code(module: str) -> int:
+    """Count lines without blank ones, comments and docstrings, as line counters do."""
+    text = (ROOT / f"{module}.py").read_text()
+    documentation = {
+        line for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for line in range(node.lineno, (node.end_lineno or 0) + 1)
+    }
+    lines = enumerate(text.splitlines(), start=1)
+    return sum(bool(line.strip()) and not line.strip().startswith("#") and n not in documentation for n, line in lines)
+
+
+def test_whole_trainer_is_under_3000_lines_of_code_and_the_readme_counts_them_right():
+    counts = {module: lines_of_code(module) for module in MAY_IMPORT}
     assert sum(counts.values()) < 3000
     readme = (ROOT / "README.md").read_text()
     for module, count in counts.items():

@@ -1,14 +1,19 @@
 """The recipe's functions against their published rules and numbers."""
 from __future__ import annotations
 
+import copy
+import math
 import random
+from collections.abc import Iterator, MutableMapping
+from dataclasses import fields
 
 import pytest
 import torch
 
 from polaris_mini import (
-    PRESETS, Config, Group, Problem, Rollout, Stage, advantages, distinct_n, mastered, mean_and_interval, pass_at_k,
-    policy_loss, rescue, substitute,
+    PRESETS, Config, Group, Problem, Rollout, Stage, Zones, advantages, difficulty_histogram, distinct_n,
+    histogram_verdict, mastered, mean_and_interval, mean_distinct_n, pass_at_k, pick_temperature, plateaued,
+    policy_loss, rescue, substitute, temperature_grid, temperature_zones, truncated_ratio, yarn_config,
 )
 
 
@@ -25,7 +30,7 @@ def with_pass_rate(name: str, rate: float) -> Group:
 
 
 def test_advantages_one_of_eight_correct():
-    """Release: (r - mean) / (std + 1e-6), std with n - 1: +2.475 and -0.354."""
+    """Source: release, (r - mean) / (std + 1e-6), std with n - 1."""
     values = advantages([1.0] + [0.0] * 7)
     assert values[0] == pytest.approx(2.475, abs=1e-3)
     assert values[1:] == pytest.approx([-0.354] * 7, abs=1e-3)
@@ -66,6 +71,20 @@ def test_policy_loss_clips(ratio, advantage, loss, gradient):
     assert clipped.item() == (gradient == 0.0)
 
 
+def test_truncated_ratio_is_capped_and_has_no_gradient():
+    """Source: truncated importance sampling (fengyao.notion.site/off-policy-rl; cap 2)."""
+    ratios = torch.tensor([0.1, 1.0, 1.9, 2.1, 50.0], dtype=torch.float64)
+    logprobs = ratios.log().requires_grad_()
+    weight = truncated_ratio(logprobs, torch.zeros(5, dtype=torch.float64))
+    assert weight.tolist() == pytest.approx([0.1, 1.0, 1.9, 2.0, 2.0])
+    assert not weight.requires_grad
+    assert truncated_ratio(logprobs, torch.zeros(5), cap=3.0).tolist() == pytest.approx([0.1, 1.0, 1.9, 2.1, 3.0])
+
+
+def test_truncated_ratio_stays_finite():
+    assert truncated_ratio(torch.zeros(1), torch.tensor([-1000.0]), cap=math.inf).isfinite().all()
+
+
 # ---------------------------------------------------------------------- rescue
 
 
@@ -94,11 +113,44 @@ def test_rescue_keeps_the_latest_correct_rollout_and_leaves_its_input_alone():
     assert failed.pass_rate == 0.0
 
 
+class Copies(MutableMapping[str, Rollout]):
+    """A sink that, like one on disk, has no more than a mapping's five methods and returns another object each time."""
+
+    def __init__(self) -> None:
+        self.stored: dict[str, Rollout] = {}
+
+    def __getitem__(self, key: str) -> Rollout:
+        return copy.deepcopy(self.stored[key])
+
+    def __setitem__(self, key: str, value: Rollout) -> None:
+        self.stored[key] = copy.deepcopy(value)
+
+    def __delitem__(self, key: str) -> None:
+        del self.stored[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+def test_rescue_takes_any_mapping_as_sink():
+    batches = [[group("a", [0, 1, 1, 0]), group("b", [0, 0, 0, 0])], [group(name, [0, 0, 0, 0]) for name in "ab"]]
+    results = []
+    for sink in ({}, Copies()):
+        rng = random.Random(0)
+        results.append([rescue(batch, sink, rng) for batch in batches])
+        assert list(sink) == ["a"]
+    assert results[0] == results[1]
+    assert [g.pass_rate for g in results[1][1]] == [0.25, 0.0]
+
+
 # ------------------------------------------------------------------ substitute
 
 
 def test_substitute_trains_six_groups_where_the_release_trained_fewer():
-    """Facts, section 0.1: pass rates .5 .25 .75 .5 1 0 must train six informative groups."""
+    """There the copies were graded against the wrong problem's answer, until August 2025."""
     groups = [with_pass_rate(str(i), rate) for i, rate in enumerate([0.5, 0.25, 0.75, 0.5, 1.0, 0.0])]
     batch = substitute(groups, random.Random(0))
     assert sum(g.weight for g in batch) == 6
@@ -120,7 +172,7 @@ def test_substitute_needs_more_than_a_third(informative, trained):
     assert sum(g.weight for g in substitute(groups, random.Random(0))) == trained
 
 
-# -------------------------------------------------------------------- measures
+# ---------------------------------------------------------- mastered, plateaued
 
 
 def test_mastered_is_strictly_above_and_spares_the_unvisited():
@@ -129,10 +181,212 @@ def test_mastered_is_strictly_above_and_spares_the_unvisited():
     assert mastered(scores, 1.0) == set()
 
 
+@pytest.mark.parametrize(
+    ("rewards", "ended"),
+    [
+        ([0.5, 0.4, 0.3], False),  # falls, but two windows are not full
+        ([0.1, 0.2, 0.3, 0.4], False),
+        ([0.3, 0.1, 0.2, 0.3], False),  # the last step is no better than the first, the window is
+        ([0.5, 0.25, 0.25, 0.5], True),  # no better is enough
+        ([0.1, 0.4, 0.3, 0.1], True),
+        ([0.0, 0.0, 0.5, 0.5, 0.5, 0.5], True),  # only the last two windows count
+        ([0.9, 0.9, 0.1, 0.1, 0.2, 0.2], False),
+    ],
+)
+def test_plateaued_compares_the_last_two_windows(rewards, ended):
+    assert plateaued(rewards, window=2) is ended
+
+
+# ------------------------------------------------------------------ difficulty
+
+
+def test_difficulty_histogram_counts_correct_rollouts():
+    assert difficulty_histogram([k / 8 for k in range(9) for _ in range(k)]) == list(range(9))
+    assert difficulty_histogram([]) == [0] * 9
+
+
+def test_difficulty_histogram_rounds_to_the_nearest_bin():
+    assert difficulty_histogram([0.06, 0.0625, 0.1874, 0.1875, 0.93, 0.94]) == [1, 2, 1, 0, 0, 0, 0, 1, 1]
+    assert difficulty_histogram([0.33, 1 / 3, 0.67, 2 / 3, 1.0], rollouts=3) == [0, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("counts", "verdict"),
+    [
+        # Source: blog, read off its figures: problems with 0 to 8 of 8 correct
+        ([8881, 2590, 2080, 1846, 1859, 1909, 2536, 4520, 14191], "J"),  # R1-Distill-7B on DeepScaleR
+        ([13828, 3751, 2972, 2845, 2789, 2469, 2564, 2816, 6107], "mirrored J"),  # R1-Distill-1.5B on the same
+        ([7339, 2484, 2200, 2341, 2453, 2994, 3447, 5040, 0], "mirrored J"),  # Qwen3-4B before, without 8 of 8
+        ([5170, 2170, 1870, 1827, 1883, 2179, 2531, 3617, 8124], "J"),  # and after training
+        ([13163, 5968, 4708, 4354, 4234, 4895, 5256, 6810, 0], "mirrored J"),  # R1-Distill-7B before, without 8 of 8
+        ([8202, 4178, 3470, 3222, 3268, 3472, 3978, 5211, 12010], "J"),  # and after training
+        # ours
+        ([100, 10, 10, 10, 10, 10, 10, 10, 90], "U"),
+        ([90, 10, 10, 10, 10, 10, 10, 10, 100], "U"),
+        ([100, 10, 10, 10, 10, 10, 10, 90, 0], "U"),  # where all-correct ones were removed, 7 of 8 is the end
+        ([20, 10, 10, 10, 10, 10, 10, 90, 0], "J"),
+        ([10, 11, 9, 10, 12, 8, 10, 9, 11], "flat"),
+        ([1, 20, 20, 20, 20, 20, 20, 20, 1], "flat"),
+    ],
+)
+def test_histogram_verdict_names_the_published_shapes(counts, verdict):
+    assert histogram_verdict(counts) == verdict
+
+
+# ----------------------------------------------------------------- temperature
+
+# Source: blog, read off the figures of its section on temperature: accuracy and distinct-4, both in percent
+QWEN3_4B = {0.1: 70, 0.6: 73.8, 0.8: 74.2, 1.4: 74, 1.45: 73.2, 1.5: 70.2, 1.55: 67.8, 1.6: 50, 1.7: 32.7}
+QWEN3_4B_DIVERSITY = {0.1: 28, 0.4: 38, 0.6: 42, 0.8: 45, 1.0: 47, 1.2: 55, 1.4: 63, 1.6: 84}
+R1_7B = {0.4: 52, 0.6: 55, 0.7: 56, 0.8: 53, 1.0: 47, 1.2: 11}
+R1_7B_DIVERSITY = {0.4: 48, 0.6: 58, 0.7: 59, 0.8: 62, 1.0: 80, 1.2: 91}
+R1_7B_STEP_400 = {0.4: 57, 0.6: 61, 0.7: 60, 0.8: 58, 1.0: 55, 1.2: 38}
+R1_7B_STEP_400_DIVERSITY = {0.4: 45, 0.6: 50, 0.7: 52, 0.8: 55, 1.0: 64, 1.2: 83}
+R1_7B_STEP_800 = {0.4: 61, 0.6: 64.5, 0.7: 66, 0.8: 63, 1.0: 62, 1.2: 54}
+R1_7B_STEP_800_DIVERSITY = {0.4: 40, 0.6: 44, 0.7: 47, 0.8: 50, 1.0: 54, 1.2: 70}
+
+
+def test_temperature_zones_have_the_published_borders():
+    """Source: blog, Qwen3-4B: robust to 1.4, controlled exploration to 1.55; R1-Distill-7B: to 0.7 and 1.0."""
+    assert temperature_zones(QWEN3_4B) == Zones(robust_until=1.4, exploration_until=1.55)
+    assert temperature_zones(R1_7B) == Zones(robust_until=0.7, exploration_until=1.0)
+
+
+def test_temperature_zones_after_800_steps_where_we_differ():
+    """Source: blog, R1-Distill-7B after 800 steps: robust to 1.0, controlled exploration to 1.3.
+
+    At 1.0 the published curve is 4 points below its best, so that only a noise of 4 points makes it as good for us.
+    The second border lies beyond the curve's last temperature, 1.2.
+    """
+    assert temperature_zones(R1_7B_STEP_800) == Zones(robust_until=0.7, exploration_until=1.2)
+    noise = dict.fromkeys(R1_7B_STEP_800, 4.0)
+    assert temperature_zones(R1_7B_STEP_800, noise) == Zones(robust_until=1.0, exploration_until=1.2)
+
+
+def test_noise_widens_only_the_robust_zone():
+    assert temperature_zones(R1_7B, dict.fromkeys(R1_7B, 3.0)) == Zones(0.8, 1.0)
+    assert temperature_zones(R1_7B, {1.0: 9.0}) == Zones(1.0, 1.0)  # each temperature has its own
+    assert temperature_zones(R1_7B, dict.fromkeys(R1_7B, 50.0)) == Zones(1.0, 1.0)  # 1.2 has collapsed all the same
+    assert temperature_zones(QWEN3_4B, dict.fromkeys(QWEN3_4B, 0.0)) == temperature_zones(QWEN3_4B)  # 1 % remains
+    assert pick_temperature(R1_7B, R1_7B_DIVERSITY, noise=dict.fromkeys(R1_7B, 3.0)) == 0.8
+
+
+def test_first_stage_has_the_published_temperature():
+    """Source: blog and release, 1.4 for Qwen3-4B and 0.7 for R1-Distill-Qwen-7B."""
+    assert pick_temperature(QWEN3_4B, QWEN3_4B_DIVERSITY) == PRESETS["polaris-4b"].stages[0].temperature == 1.4
+    assert pick_temperature(R1_7B, R1_7B_DIVERSITY) == PRESETS["polaris-7b"].stages[0].temperature == 0.7
+
+
+def test_later_stages_restore_the_diversity_of_the_first():
+    """The published choices, 1.0 and 1.1, overshoot the exact match of the published curves, 0.89 and 1.06."""
+    match = R1_7B_DIVERSITY[0.7]
+    second = pick_temperature(R1_7B_STEP_400, R1_7B_STEP_400_DIVERSITY, match=match)
+    third = pick_temperature(R1_7B_STEP_800, R1_7B_STEP_800_DIVERSITY, match=match)
+    assert second == pytest.approx(0.89, abs=0.005)
+    assert third == pytest.approx(1.06, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("match", "temperature"),
+    [
+        (48, 0.4),  # the lowest temperature is already as diverse
+        (62, 0.8),  # met exactly
+        (71, 0.9),  # between 62 at 0.8 and 80 at 1.0
+        (85, 1.0),  # reached only beyond controlled exploration
+        (99, 1.0),  # never reached
+    ],
+)
+def test_later_stages_do_not_leave_controlled_exploration(match, temperature):
+    assert pick_temperature(R1_7B, R1_7B_DIVERSITY, match=match) == temperature
+
+
+def test_probe_curves_need_no_order():
+    def backwards(curve):
+        return dict(reversed(curve.items()))
+
+    assert pick_temperature(backwards(R1_7B), backwards(R1_7B_DIVERSITY), match=71) == 0.9
+    assert temperature_zones(backwards(QWEN3_4B)) == temperature_zones(QWEN3_4B)
+
+
+@pytest.mark.parametrize(
+    ("text", "grid"),
+    [
+        ("0.4:1.6:0.1", [0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6]),
+        ("1.4:1.55:0.05", [1.4, 1.45, 1.5, 1.55]),
+        ("0.1:0.7:0.2", [0.1, 0.3, 0.5, 0.7]),
+        ("0.5:1:0.2", [0.5, 0.7, 0.9]),  # the end is not on the grid
+        ("1:1:0.1", [1.0]),
+        ("0.7, 1.0,1.1", [0.7, 1.0, 1.1]),
+        ("1", [1.0]),
+    ],
+)
+def test_temperature_grid_includes_its_end(text, grid):
+    """The release's grid lost its end point to integer truncation."""
+    assert temperature_grid(text) == grid
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "warm", "1:2", "1:2:3:4", "0:1:0.1", "-0.5", "1:0.5:0.1", "0.5:1:0", "0.5:1:-0.1", "0.5:inf:0.1",
+     "0.5:1:nan", "nan", "inf", "0.7,0.7", "1.0,0.7", "0.7,", "1000"],
+)
+def test_temperature_grid_refuses(text):
+    with pytest.raises(ValueError, match="START:END:STEP"):
+        temperature_grid(text)
+
+
+# ------------------------------------------------------------------------ yarn
+
+
+def vllm_scale(rope: dict) -> float:
+    """What vLLM multiplies cos and sin by (YaRNScalingRotaryEmbedding.mscale)."""
+    return (0.1 * math.log(rope["factor"]) + 1) * rope.get("attn_factor", 1.0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.0405, 0.5])
+@pytest.mark.parametrize("factor", [1.5, 4.0])
+def test_yarn_has_the_same_attention_scale_in_both_engines(factor, scale):
+    from transformers import Qwen3Config
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    hf = yarn_config(factor, 40960, engine="hf", attention_scale=scale)
+    vllm = yarn_config(factor, 40960, engine="vllm", attention_scale=scale)
+    model = Qwen3Config(max_position_embeddings=round(40960 * factor), rope_parameters={**hf, "rope_theta": 1e6})
+    _, hf_scale = ROPE_INIT_FUNCTIONS["yarn"](model, torch.device("cpu"))
+    assert hf_scale == pytest.approx(scale)
+    assert vllm_scale(vllm) == pytest.approx(scale)
+    for rope in (hf, vllm):
+        assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("yarn", factor, 40960)
+
+
+def test_yarn_of_the_blog_is_not_neutral_in_vllm():
+    """Source: blog, attn_factor 1.0 and factor 1.5 to switch attention scaling off; vLLM makes 1.0405 of it."""
+    assert vllm_scale({"rope_type": "yarn", "factor": 1.5, "attn_factor": 1.0}) == pytest.approx(1.0405, abs=1e-4)
+    assert yarn_config(1.5, 65536, engine="vllm")["attn_factor"] == pytest.approx(0.9610, abs=1e-4)
+    as_blog = yarn_config(1.5, 65536, engine="vllm", attention_scale=1.0405)
+    assert as_blog["attn_factor"] == pytest.approx(1.0, abs=1e-4)
+
+
+# -------------------------------------------------------------------- measures
+
+
 def test_distinct_n_pools_the_texts_of_a_problem():
     assert distinct_n(["a b c d"] * 4) == 0.25
     assert distinct_n(["a b c d", "e f g h"]) == 1.0
     assert distinct_n(["too short", ""]) == 0.0
+
+
+def test_mean_distinct_n_averages_over_problems():
+    long, same, cut = ["a b c d a b c d"], ["a b c d", "a b c d"], ["a b c d e", "a b"]
+    assert mean_distinct_n([long, same]) == pytest.approx((4 / 5 + 1 / 2) / 2)
+    assert mean_distinct_n(iter([long, same, cut]), words=4) == pytest.approx((1 + 1 / 2) / 2)  # without cut
+    assert mean_distinct_n([long, same, cut], words=8) == pytest.approx(4 / 5)  # without same, too
+    assert mean_distinct_n([["a a a b"]], n=2, words=3) == 0.5
+
+
+def test_mean_distinct_n_is_nan_without_problems():
+    assert math.isnan(mean_distinct_n([]))
+    assert math.isnan(mean_distinct_n([["a b c d", "a b c"]], words=4))
 
 
 def test_pass_at_k_is_unbiased():
@@ -154,15 +408,52 @@ def test_mean_and_interval_covers_the_mean_19_times_in_20():
     assert 930 < hits < 970
 
 
+@pytest.mark.parametrize(
+    ("n", "t"),  # Source: the two-sided 95 % column of any table of Student's t, n - 1 degrees of freedom
+    [(2, 12.706), (3, 4.303), (4, 3.182), (5, 2.776), (6, 2.571), (7, 2.447), (8, 2.365), (9, 2.306), (10, 2.262),
+     (11, 2.228), (12, 2.201), (13, 2.179), (16, 2.131), (21, 2.086), (31, 2.042), (61, 2.000), (1001, 1.962)],
+)
+def test_mean_and_interval_follows_student(n, t):
+    values = [i % 2 for i in range(n - n % 2)] + [0.5] * (n % 2)
+    std = math.sqrt(sum((value - 0.5) ** 2 for value in values) / (n - 1))
+    mean, half = mean_and_interval(values)
+    assert mean == 0.5
+    assert half * math.sqrt(n) / std == pytest.approx(t, abs=0.015)
+
+
+def test_one_value_has_no_interval():
+    mean, half = mean_and_interval([0.25])
+    assert mean == 0.25
+    assert math.isnan(half)
+
+
 # ---------------------------------------------------------------------- config
 
 
-def test_stages_follow_each_other():
-    config = Config(stages=(Stage(2, 1.0, 10), Stage(3, 1.2, 20)))
-    assert [config.stage_number(step) for step in range(6)] == [1, 1, 2, 2, 2, 3]
-    assert config.stage_at(2) == Stage(3, 1.2, 20)
-    assert config.stage_at(5) is None
-    assert config.total_steps == 5
+def test_total_steps_are_those_of_all_stages():
+    assert Config(stages=(Stage(2, 1.0, 10), Stage(3, 1.2, 20, until="plateau"))).total_steps == 5
+
+
+def test_a_stage_ends_by_its_steps_and_keeps_the_optimizer_unless_told():
+    assert (Stage().until, Stage().reset_optimizer) == ("steps", False)
+
+
+def test_folding_keeps_how_a_stage_begins_and_ends():
+    stages = (Stage(2, 1.0, 10, "plateau"), Stage(3, 1.2, 20, "plateau", reset_optimizer=True))
+    for steps in (4, 9):
+        folded = Config(stages=stages, steps=steps, temperature=0.7, max_response_tokens=5)
+        assert folded.stages == (Stage(2, 0.7, 5, "plateau"), Stage(steps - 2, 0.7, 5, "plateau", True))
+
+
+def test_temperature_may_be_auto():
+    stages = (Stage(2, "auto", 10), Stage(3, 1.2, 20))
+    assert [s.temperature for s in Config(stages=stages).stages] == ["auto", 1.2]
+    assert [s.temperature for s in Config(stages=stages, temperature="auto").stages] == ["auto", "auto"]
+    assert [s.temperature for s in Config(stages=stages, temperature=0.7).stages] == [0.7, 0.7]
+    with pytest.raises(ValueError, match=r"^temperature is -1: give auto or a value above 0"):
+        Config(stages=(Stage(2, "auto", 10), Stage(3, -1, 20)))
+    with pytest.raises(ValueError, match=r"temperatures is 1:0:0\.1: "):
+        Config(probe_temperatures="1:0:0.1")
 
 
 def test_steps_cut_or_extend_the_stages():
@@ -173,20 +464,84 @@ def test_steps_cut_or_extend_the_stages():
     assert Config(stages=stages, temperature=0.7, max_response_tokens=5).stages == (Stage(2, 0.7, 5), Stage(3, 0.7, 5))
 
 
-def test_recipe_preset_has_the_released_values():
-    """Facts, section 4."""
-    c = PRESETS["recipe"]
+PUBLISHED = {  # Source: release and blog: steps, temperature and response tokens of each stage
+    "polaris-4b": ("Qwen/Qwen3-4B", [(450, 1.4, 39936), (150, 1.45, 48128), (100, 1.5, 52224)]),
+    "polaris-7b": (
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", [(520, 0.7, 15360), (370, 1.0, 23552), (590, 1.1, 31744)]
+    ),
+    "polaris-1.7b": ("Qwen/Qwen3-1.7B", [(350, 1.5, 39936), (150, 1.55, 48128)]),  # only the sum of the steps is known
+}
+
+
+@pytest.mark.parametrize("name", ["recipe", *PUBLISHED])
+def test_presets_have_the_released_values(name):
+    """Source: release, its training scripts; blog (0.9)."""
+    c = PRESETS[name]
     assert (c.prompts_per_step, c.group_size, c.updates_per_batch, c.lr) == (128, 8, 1, 1e-6)
-    assert (c.beta1, c.beta2, c.weight_decay, c.max_grad_norm) == (0.9, 0.999, 0.01, 1.0)
+    assert (c.optimizer, c.beta1, c.beta2, c.weight_decay, c.max_grad_norm) == ("adamw", 0.9, 0.999, 0.01, 1.0)
     assert (c.clip_low, c.clip_high, c.dual_clip, c.mastered_above, c.max_prompt_tokens) == (0.2, 0.28, 3.0, 0.9, 1024)
+    assert (c.advantage, c.rescue, c.rescue_ratio, c.substitute) == ("grpo", True, "on_policy", True)
+    assert (c.lora_rank, c.require_think, c.warmup) == (0, True, None)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_stages(name):
+    model, stages = PUBLISHED[name]
+    c = PRESETS[name]
+    assert (c.model, c.data) == (model, "POLARIS-Project/Polaris-Dataset-53K")
+    assert [(s.steps, s.temperature, s.max_response_tokens) for s in c.stages] == stages
+    assert {s.until for s in c.stages} == {"steps"}
+    # the release merges the weights between stages and starts again
+    assert [s.reset_optimizer for s in c.stages] == [False] + [True] * (len(stages) - 1)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("polaris-4b", 700), ("polaris-7b", 1480), ("polaris-1.7b", 500)])
+def test_presets_have_the_published_number_of_steps(name, steps):
+    """Source: blog, read off its figures."""
+    assert PRESETS[name].total_steps == steps
+
+
+@pytest.mark.parametrize(("name", "published"), [("rtx-24gb", "polaris-1.7b"), ("rtx-2x24gb", "polaris-4b")])
+def test_workstation_presets_are_the_small_setting_of_the_author(name, published):
+    """Source: issue #4 of the release, batch 32 and 32768 tokens."""
+    c = PRESETS[name]
+    assert c.prompts_per_step == 32
+    assert {s.max_response_tokens for s in c.stages} == {32768}
+    assert c.tokens_per_micro_batch >= c.max_prompt_tokens + 32768  # the longest rollout fits
+    assert c.lr == pytest.approx(10 * PRESETS[published].lr)  # with LoRA
+    assert c.lora_rank > 0
+    changed = {
+        "preset", "stages", "prompts_per_step", "lora_rank", "lr", "optimizer", "gradient_checkpointing",
+        "tokens_per_micro_batch", "logprob_chunk_tokens",
+    }  # fmt: skip
+    for field in fields(Config):
+        if field.name not in changed:
+            assert getattr(c, field.name) == getattr(PRESETS[published], field.name), field.name
+    assert [s.temperature for s in c.stages] == [s.temperature for s in PRESETS[published].stages]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_know_their_names(name):
+    assert PRESETS[name].preset == name
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [("group_size", 1), ("temperature", 0.0), ("temperature", float("nan")), ("steps", 0), ("max_response_tokens", 0),
      ("prompts_per_step", 0), ("lr", 0.0), ("clip_low", 1.0), ("clip_high", -0.1), ("dual_clip", 1.0), ("beta2", 1.0),
-     ("mastered_above", 1.5), ("updates_per_batch", 129), ("eval_every", -2), ("lora_rank", -1), ("stages", ())],
+     ("mastered_above", 1.5), ("updates_per_batch", 129), ("eval_every", -2), ("lora_rank", -1), ("stages", ()),
+     ("plateau_window", 0), ("probe_problems", 0), ("diversity_words", 0)],
 )
 def test_config_refuses_bad_values_by_name(field, value):
     with pytest.raises(ValueError, match=rf"^{field}.* is .*: "):
         Config(**{field: value})
+
+
+def test_temperature_zones_need_something_correct():
+    with pytest.raises(ValueError, match="accuracy is 0 at every temperature"):
+        temperature_zones({0.6: 0.0, 1.0: 0.0})
+
+
+def test_temperature_grid_of_a_tiny_step_does_not_fill_the_memory():
+    with pytest.raises(ValueError, match="give START:END:STEP"):
+        temperature_grid("0.5:1:1e-300")

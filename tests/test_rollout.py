@@ -11,7 +11,8 @@ import data
 from polaris_mini import Config, Problem, Rollout
 from reward import RewardPool
 from rollout import (
-    HFEngine, ModelError, Sampling, causal_lm, evaluate, grade_groups, load_model, load_tokenizer, sample_groups,
+    Evaluation, HFEngine, ModelError, Sampling, causal_lm, evaluate, grade_groups, load_model, load_tokenizer,
+    sample_groups,
 )
 from train import pack, token_logprobs
 
@@ -133,8 +134,8 @@ def test_groups_are_graded_and_evaluated():
         grade_groups(groups, pool)
         assert [r.reason for r in groups[0].rollouts] == ["wrong", "correct"] * 2
         assert [g.problem for g in groups] == problems
-        result = evaluate(Scripted(), TOKENIZER, pool, problems, 4, Sampling(1.0, 96, 0))
-    assert (result.avg_at_k, result.pass_at_k, result.truncated, result.problems) == (0.5, 1.0, 0.0, 6)
+        result = Evaluation.of(evaluate(Scripted(), TOKENIZER, pool, problems, 4, Sampling(1.0, 96, 0)))
+    assert (result.avg_at_k, result.pass_at_k[-1], result.truncated, result.problems) == (0.5, 1.0, 0.0, 6)
 
 
 def test_models_that_cannot_be_loaded_are_named(tmp_path):

@@ -1,6 +1,7 @@
 """The whole loop on a miniature of the toy world: files, resume, interrupts, bad input, LoRA, warm start."""
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -26,9 +27,10 @@ STEPS = 9  # enough that a kill or Ctrl-C after the first ones comes before the 
 METRICS = [
     "step", "stage", "reward/mean", "reward/solve_none", "reward/solve_all", "batch/informative", "batch/rescued",
     "batch/substituted", "response/tokens_mean", "response/tokens_max", "response/truncated", "sampling/temperature",
-    "diversity/distinct_4", "policy/entropy", "policy/loss", "policy/clip_fraction", "mismatch/kl",
-    "mismatch/ratio_max", "optim/grad_norm", "optim/lr", "time/rollout", "time/reward", "time/update", "time/sync",
-    "time/step", "tokens/rollout", "tokens/per_second", "memory/peak_gib",
+    "diversity/distinct_4", "diversity/distinct_4_fixed", "policy/entropy", "policy/loss", "policy/clip_fraction",
+    "mismatch/kl", "mismatch/ratio_max", "optim/grad_norm", "optim/lr", "time/rollout", "time/reward", "time/update", "time/sync",
+    "time/step", "tokens/rollout", "tokens/per_second", "tokens/update", "tokens/update_saved",
+    "memory/peak_gib",
 ]
 
 
@@ -280,13 +282,51 @@ def test_stages_of_the_command_line_and_mastered_problems(run_train, tmp_path):
     metrics = lines(folder / "metrics.jsonl")
     assert [(m["stage"], m["sampling/temperature"]) for m in metrics] == [(1, 1.0), (1, 1.0), (2, 1.2)]
     solved = {s["id"] for s in lines(folder / "scores.jsonl") if s["step"] <= 2 and s["score"] > 0}
-    assert f"stage 2: {len(solved)} mastered problems have left" in result.stdout
+    assert f"stage 2: {len(solved)} problems are mastered and leave" in result.stdout
     assert not solved & {s["id"] for s in lines(folder / "scores.jsonl") if s["step"] == 3}
+
+
+def test_auto_temperatures_plateau_and_reset_are_the_same_after_a_resume(base_model, sums, run_train, tmp_path):
+    """Two auto stages, the first ended by a plateau; rescue has something to do, as problems come again."""
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    stages = ["--stages", "6:auto:40:plateau", "3:auto:48:reset", "--plateau-window", 1, "--probe-problems", 4,
+              "--probe-temperatures", "0.6:1.2:0.3", "--mastered-above", 1, "--no-substitute"]
+    result = run_train("--model", base_model, "--data", sums, *SMALL, "--prompt-suffix", "", "--eval-problems", 44,
+                       "--checkpoint-every", 1, "--keep-checkpoints", 99, *stages, "--run-dir", straight)
+    assert result.returncode == 0, result.stderr
+    metrics, probes = lines(straight / "metrics.jsonl"), lines(straight / "probes.jsonl")
+    ended = next(m["step"] for m in metrics if m["stage"] == 2) - 1
+    rewards = [m["reward/mean"] for m in metrics[:ended]]
+    assert ended == 6 or rewards[-1] <= rewards[-2]
+    assert all(b > a for a, b in itertools.pairwise(rewards[:-1]))  # until then it rose
+    assert list(probes[0]["accuracy"]) == ["0.6", "0.9", "1.2"]
+    assert {(m["stage"], m["sampling/temperature"]) for m in metrics} == {(p["stage"], p["chosen"]) for p in probes}
+    assert len(metrics) == ended + 3
+    for kept in (1, ended, ended + 1):
+        shutil.rmtree(resumed, ignore_errors=True)
+        shutil.copytree(straight, resumed)
+        for checkpoint in sorted((resumed / "checkpoints").iterdir())[kept:]:
+            shutil.rmtree(checkpoint)
+        assert run_train("--resume", resumed).returncode == 0
+        assert_same_run(straight, resumed, len(metrics))
+        assert lines(resumed / "probes.jsonl") == probes
+
+
+def test_offline_pass_rates_are_the_first_scores(base_model, run_train, tmp_path):
+    rows = [{"problem": p.text, "answer": p.answers[0], "difficulty": f"{i % 8}/8"}
+            for i, p in enumerate(data.toy_problems(30, seed=5))]
+    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run_train("--model", base_model, "--data", tmp_path / "scored.jsonl", *SMALL, "--steps", 1,
+                       "--run-dir", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    scores = lines(tmp_path / "run" / "scores.jsonl")
+    assert [s["step"] for s in scores] == [0] * 22 + [1] * 8
+    assert sum(train.known_difficulty(tmp_path / "run", 0)) == sum(train.known_difficulty(tmp_path / "run", 1)) == 22
 
 
 def test_without_evaluation_nothing_is_held_out():
     training, evaluation = train.load_data(Config(eval_every=-1))
-    assert (len(training), evaluation) == (train.TOY_PROBLEMS, [])
+    assert (len(training), evaluation) == (data.TOY_PROBLEMS, [])
 
 
 def test_dropped_evaluation_is_made_up_for_by_a_resume(finished, run_train, tmp_path):
@@ -320,10 +360,10 @@ def test_parquet_in_verl_layout_trains(base_model, run_train, tmp_path):
         (["--group-size", "1"], "group_size is 1: give at least 2"),
         (["--temperature", "0"], "temperature is 0.0: give a value above 0"),
         (["--steps", "0"], "steps is 0: give at least 1"),
-        (["--preset", "tyo"], "preset is tyo: give one of recipe, toy"),
+        (["--preset", "tyo"], "preset is tyo: give one of recipe, polaris-4b, polaris-7b, polaris-1.7b, rtx-24gb"),
         (["--temprature", "1"], "--temperature"),
         (["--optimizer", "adam"], "adamw8bit"),
-        (["--data", "nowhere.jsonl"], "model is toy, data is nowhere.jsonl"),
+        (["--data", "nowhere.jsonl"], "there is no such file"),
         (["--model", "MODEL", "--data", "nowhere.jsonl"], "there is no such file"),
         (["--model", "MODEL", "--data", "FOLDER/empty.jsonl"], "is empty"),
         (["--model", "MODEL", "--data", "FOLDER/broken.jsonl"], "broken.jsonl, line 2: not JSON"),
@@ -337,11 +377,13 @@ def test_parquet_in_verl_layout_trains(base_model, run_train, tmp_path):
           "--max-prompt-tokens", "3"], "--max-prompt-tokens"),
         (["--engine", "vllm"], "engine is vllm"),
         (["--device", "cuda:99x"], "device is cuda:99x"),
-        (["--preset", "recipe"], "it reads no words; use --preset toy"),
+        (["--data", "FOLDER/words.jsonl", "--eval-problems", "1"], "the toy model reads sums only"),
         (["--device", "mps"], "only cpu and cuda are supported"),
         (["--model", "MODEL"], "data is missing: give --data"),
         (["--stages", "10:1.0"], "STEPS:TEMPERATURE:TOKENS"),
         (["--stages", "10:1.0:20", "5:0:20"], "temperature is 0.0"),
+        (["--stages", "10:1.0:20:plato"], "STEPS:TEMPERATURE:TOKENS"),
+        (["--probe-temperatures", "1.0:0.5:0.1"], "temperatures is 1.0:0.5:0.1: give START:END:STEP"),
         (["--resume", "FOLDER"], "there is no run in it"),
         (["--resume", "FINISHED", "--optimizer", "sgd"], "optimizer is sgd: in this run it was adamw"),
         (["--resume", "FINISHED", "--lora-rank", "4"], "lora_rank is 4: in this run it was 0"),
@@ -351,6 +393,7 @@ def test_parquet_in_verl_layout_trains(base_model, run_train, tmp_path):
 )
 def test_bad_input_ends_in_one_line(options, expected, base_model, sums, finished, run_train, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "words.jsonl").write_text('{"problem": "1 + 1", "answer": "2"}\n{"problem": "Two?", "answer": "2"}\n')
     (tmp_path / "broken.jsonl").write_text('{"problem": "1 + 1", "answer": "2"}\n{"problem": \n')
     (tmp_path / "ungradable.jsonl").write_text('{"id": "1", "problem": "a", "answer": "1"}\n'
                                                '{"id": "2", "problem": "b", "answer": "$$"}\n')
