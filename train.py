@@ -229,7 +229,7 @@ def choose_temperature(
         little = probe([before]).distinct_4[before] > 0.9 * state.diversity
         curves = probe([round(before + i * (0.05 if little else 0.1), 2) for i in range(7)])
         chosen = pick_temperature(curves.accuracy, curves.distinct_4, match=state.diversity, noise=curves.noise)
-    run.log_probe(state.step, state.stage, curves, chosen)
+    run.log_probe(state.step + 1, state.stage, curves, chosen)
     display.note(f"stage {state.stage}: temperature {chosen:g}, distinct-4 {state.diversity:.3f} before training; "
                  f"accuracy by temperature {', '.join(f'{t:g}: {a:.2f}' for t, a in curves.accuracy.items())}")
     return chosen
@@ -825,8 +825,10 @@ class Run:
         self._append("evaluations.jsonl", [{"step": step, **asdict(result)}])
 
     def log_probe(self, step: int, stage: int, curves: ProbeCurves, chosen: float) -> None:
-        """Write down how a stage's `auto` temperature was chosen, before the step after `step`."""
-        self._append("probes.jsonl", [{"step": step, "stage": stage, "chosen": chosen, **asdict(curves)}])
+        """Write down how the `auto` temperature of a stage that begins with `step` was chosen."""
+        fixed = {t: none_if_nan(value) for t, value in curves.distinct_4_fixed.items()}
+        line = {**asdict(curves), "distinct_4_fixed": fixed}
+        self._append("probes.jsonl", [{"step": step, "stage": stage, "chosen": chosen, **line}])
 
     def has_evaluation(self, step: int) -> bool:
         return any(line["step"] == step for line in data.read_lines(self.folder / "evaluations.jsonl"))
