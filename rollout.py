@@ -793,7 +793,7 @@ def print_evaluations(results: Mapping[str, Any], options: Eval) -> None:
                 shown.add_row(Path(source).stem, variant, *cells(result))
         console.print(shown)
 
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, width=max(110, Console().width))  # cells are never cut
     table("accuracy", ("problems", "k", "avg@k", "95 % interval", "pass@k", "tokens", "truncated", "distinct-4"),
           lambda e: [str(e["problems"]), str(e["k"]), f"{e['avg_at_k']:.1%}", f"+- {e['interval']:.1%}",
                      f"{e['pass_at_k'][-1]:.1%}", f"{e['tokens_mean']:.0f}", f"{e['truncated']:.1%}",

@@ -283,9 +283,14 @@ def test_probe_measures_the_whole_grid(model: Path, sums: Path, tmp_path: Path, 
     assert ("no collapse up to 1.4" in shown) == (found["zones"]["exploration_until"] == 1.4)
 
 
-def test_probe_of_one_temperature_and_one_problem(model: Path, tmp_path: Path):
+def test_probe_in_which_nothing_is_correct_says_so(model: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="accuracy is 0 at every temperature"):
+        run("probe", model, "--problems", 1, "--temperatures", "1.0", "--rollouts", 2, "--out", tmp_path)
+
+
+def test_probe_of_one_temperature(model: Path, sums: Path, tmp_path: Path):
     """No response has 500 words: the diversity at that length is unknown, in the file null."""
-    run("probe", model, "--problems", 1, "--temperatures", "1.0", "--rollouts", 2, "--out", tmp_path)
+    run("probe", model, "--data", sums, "--problems", 0, "--temperatures", "1.0", "--rollouts", 4, "--out", tmp_path)
     found = strict(tmp_path / "probe.json")
     assert found["curves"]["distinct_4_fixed"] == {"1.0": None}
     assert found["zones"] == {"robust_until": 1.0, "exploration_until": 1.0}
