@@ -257,7 +257,7 @@ def sums(tmp_path_factory) -> Path:
 def test_base_model_with_warm_start_examples_lora_and_8_bit_adam(base_model, sums, run_train, tmp_path):
     worked = tmp_path / "worked.jsonl"
     rng = random.Random(0)
-    rows = [{"problem": p.text, "response": data.toy_response(p, 0.0, rng)} for p in data.toy_problems(20, seed=6)]
+    rows = [{"problem": p.text, "response": data.toy_response(p, 0.0, rng)} for p in data.toy_problems(6, seed=6)]
     worked.write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = tmp_path / "lora"
     options = ["--model", base_model, "--data", sums, *SMALL, "--prompt-suffix", "", "--warmup", worked,
