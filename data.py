@@ -637,6 +637,12 @@ TOY_TEMPLATE = (
 TOY_PROBLEMS = 768
 TOY_TERMS = {"toy": range(2, 13), "toy-long": range(13, 19)}
 """Names of data sets -> number of terms of their sums."""
+TOY_HARD = 0.3
+"""Share of the sums of a last digit and a term that the warm start teaches wrong more often than right."""
+TOY_WRONG = 0.65
+"""How often it teaches those wrong."""
+TOY_HASTE = 0.2
+"""How often a line of working adds one term more than it must."""
 
 
 def toy_cache() -> Path:
@@ -644,7 +650,7 @@ def toy_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polaris-mini"
 
 
-def toy_problems(count: int, seed: int, terms: Sequence[int] = TOY_TERMS["toy"]) -> list[Problem]:
+def toy_problems(count: int, seed: int | str, terms: Sequence[int] = TOY_TERMS["toy"]) -> list[Problem]:
     """Make different sums such as "12 + 3 + 7", of so many terms from 1 to 12; the id is the text."""
     rng = random.Random(f"toy problems {seed}")
     problems: dict[str, Problem] = {}
@@ -655,23 +661,34 @@ def toy_problems(count: int, seed: int, terms: Sequence[int] = TOY_TERMS["toy"])
     return list(problems.values())
 
 
-def toy_response(problem: Problem, error_rate: float, rng: random.Random) -> str:
-    r"""Work a toy problem out step by step, each step wrong with the given probability.
+def toy_response(problem: Problem, rng: random.Random | None) -> str:
+    r"""Work a toy problem out line by line, with the bad habits that GRPO is to undo; without them if rng is None.
 
-    The chain goes on from a wrong value. Noisy examples make a warm start that leaves something for GRPO to improve.
+    Some lines hastily add several terms at once, which a tiny model does worse. Some sums of a last digit and a term
+    are mostly taught wrong, always by the same slip: greedy decoding repeats it, sampling now and then does not. So
+    problems are 8/8, 0/8 or anything between, depending on the sums that are in them.
 
-    >>> toy_response(Problem("", "12 + 3 + 17", ("32",)), 0.0, random.Random(0))
-    '12 + 3 = 15\n15 + 17 = 32\n</think>\n\\boxed{32}'
+    >>> toy_response(Problem("", "12 + 3 + 7 + 4", ("26",)), random.Random(1))
+    '12 + 3 + 7 = 22\n22 + 4 = 26\n</think>\n\\boxed{26}'
     """
+    def happens(chance: float) -> bool:
+        return rng is not None and rng.random() < chance
+
     total, *terms = map(int, problem.text.split(" + "))
-    steps = []
-    for term in terms:
-        result = total + term
-        if rng.random() < error_rate:
-            result += rng.choice([slip for slip in (-10, -2, -1, 1, 2, 10) if result + slip > 0])
-        steps.append(f"{total} + {term} = {result}\n")
-        total = result
-    return f"{''.join(steps)}</think>\n\\boxed{{{total}}}"
+    lines = []
+    while terms:
+        count = 1
+        while count < len(terms) and happens(TOY_HASTE):
+            count += 1
+        result = total
+        for term in terms[:count]:
+            habit = random.Random(f"{result % 10} + {term}")
+            hard, slip = habit.random() < TOY_HARD, habit.choice((-10, -1, 1, 10))
+            wrong = hard and happens(TOY_WRONG) and result + term + slip > 0
+            result += term + slip * wrong
+        lines.append(f"{' + '.join(map(str, [total, *terms[:count]]))} = {result}\n")
+        total, terms = result, terms[count:]
+    return f"{''.join(lines)}</think>\n\\boxed{{{total}}}"
 
 
 def toy_tokenizer() -> PreTrainedTokenizerFast:

@@ -540,7 +540,7 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
             f"prompts_per_step is {config.prompts_per_step}, but there are {len(training)} training problems: "
             "lower --prompts-per-step, or give more data"
         )
-    source = toy_model_folder(config, training, display) if toy else config.model
+    source = toy_model_folder(config, evaluation, display) if toy else config.model
     checkpoint = run.newest_checkpoint()
     policy = load_policy(config, str(source), checkpoint, device)
     check_packing(policy, config)
@@ -690,23 +690,23 @@ def shuffled_for_ever(count: int, seed: int) -> Iterator[int]:
         yield from rng.sample(range(count), count)
 
 
-TOY_ERROR_RATE = 0.25
 TOY_MODEL: dict[str, Any] = {
     "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16,
-    "intermediate_size": 384, "max_position_embeddings": 128, "tie_word_embeddings": True, "rope_theta": 10_000.0,
+    "intermediate_size": 384, "max_position_embeddings": 192, "tie_word_embeddings": True, "rope_theta": 10_000.0,
     "initializer_range": 0.05,
 }
 
 
-def toy_model_folder(config: Config, training: Sequence[Problem], display: Display) -> Path:
-    """Return the toy model's folder, made once: random weights, then a warm start on worked sums with mistakes.
+def toy_model_folder(config: Config, evaluation: Sequence[Problem], display: Display) -> Path:
+    """Return the toy model's folder, made once: random weights, then a warm start on badly worked sums.
 
     Kept in the user's cache under a hash of the settings and the code that made it.
     """
+    problems = data.remove_overlap(data.toy_problems(4096, f"warm start {config.seed}"), evaluation)
     made_by = [
         {name: getattr(config, name) for name in ("seed", "warmup_steps", "warmup_batch", "warmup_lr")},
-        TOY_MODEL, TOY_ERROR_RATE, [problem.id for problem in training], torch.__version__,
-        data.TOY_SPECIAL, data.TOY_THINK, data.TOY_WORDS, data.TOY_TEMPLATE,
+        TOY_MODEL, data.TOY_HARD, data.TOY_WRONG, data.TOY_HASTE, [problem.id for problem in problems],
+        torch.__version__, data.TOY_SPECIAL, data.TOY_THINK, data.TOY_WORDS, data.TOY_TEMPLATE,
         *(inspect.getsource(source) for source in (
             data.toy_response, data.toy_tokenizer, data.encode_example, supervised_steps, pack, _row, packed_attention,
             token_logprobs, HeadLogprobs, apply_gradient,
@@ -726,8 +726,8 @@ def toy_model_folder(config: Config, training: Sequence[Problem], display: Displ
     model.set_attn_implementation("packed")
     rng = random.Random(config.seed)
     needed = config.warmup_steps * config.warmup_batch
-    problems = [training[i] for i, _ in zip(shuffled_for_ever(len(training), config.seed), range(needed), strict=False)]
-    examples = [data.WorkedExample(p.text, data.toy_response(p, TOY_ERROR_RATE, rng)) for p in problems]
+    chosen = itertools.islice(itertools.cycle(problems), needed)
+    examples = [data.WorkedExample(problem.text, data.toy_response(problem, rng)) for problem in chosen]
     encoded = [data.encode_example(example, tokenizer, suffix="") for example in examples]
     supervised_steps(model, encoded, config, display)
     with written_whole(folder) as unfinished:
