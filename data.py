@@ -761,20 +761,25 @@ def filter_problems(options: Filter) -> None:
     kept = {problem: rate for problem, rate in scored.items() if low <= rate <= high}
     if not kept:
         raise DataError(f"{options.scores}: no problem has a pass rate from {low} to {high}: widen the range")
-    rows = _output_rows(list(kept), options.layout)
-    if out.suffix == ".parquet":
-        import pyarrow
-        from pyarrow import parquet
-
-        beside = out.with_name(f".{out.name}.unfinished")  # as in write_whole
-        parquet.write_table(pyarrow.Table.from_pylist(rows), beside)
-        os.replace(beside, out)
-    else:
-        write_whole(out, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+    write_problems(list(kept), out, options.layout)
     print(f"{out}: kept {len(kept)} of {len(rates)} problems, removed {sum(rate < low for rate in rates)} below {low} "
           f"and {sum(rate > high for rate in rates)} above {high}")
     _show_histogram("before", difficulty_histogram(rates))
     _show_histogram("after", difficulty_histogram(kept.values()))
+
+
+def write_problems(problems: Sequence[Problem], path: Path, layout: Literal["plain", "verl"] = "plain") -> None:
+    """Write problems to a .jsonl or .parquet file that `load_problems` reads."""
+    rows = _output_rows(problems, layout)
+    if path.suffix == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        beside = path.with_name(f".{path.name}.unfinished")  # as in write_whole
+        parquet.write_table(pyarrow.Table.from_pylist(rows), beside)
+        os.replace(beside, path)
+    else:
+        write_whole(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
 
 
 def draw_histograms(options: Histogram) -> None:

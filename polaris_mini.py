@@ -662,8 +662,8 @@ PRESETS |= {
     "rtx-24gb": replace(PRESETS["polaris-1.7b"], **_WORKSTATION),
     "rtx-2x24gb": replace(PRESETS["polaris-4b"], **_WORKSTATION),
     "toy": Config(
-        max_prompt_tokens=64, stages=(Stage(60, 1.0, 80), Stage(60, 1.1, 128)),
-        prompts_per_step=32, diversity_words=12, lr=1e-4, eval_every=20, checkpoint_every=20,
+        max_prompt_tokens=64, stages=(Stage(40, 1.0, 80), Stage(40, 1.1, 128)),
+        prompts_per_step=32, diversity_words=12, lr=2e-4, eval_every=10, checkpoint_every=20,
         warmup_steps=600, warmup_batch=32, warmup_lr=3e-3,
     ),
 }  # fmt: skip

@@ -3,6 +3,7 @@
     python train.py                                        # the toy world: a tiny model learns sums, on any machine
     python train.py --model Qwen/Qwen3-1.7B --data problems.jsonl --lora-rank 32 --lr 1e-5
     python train.py --resume runs/NAME [--steps 200]       # go on where a run stopped
+    python train.py ablate                                 # what each mechanism does, in the toy world
     python train.py plot runs/NAME                         # draw its curves again
     python train.py --help                                 # every setting, with its source
 
@@ -30,7 +31,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,15 @@ from transformers.utils import logging as transformers_logging
 import data
 from data import DataError, ProblemSampler, Sink
 from polaris_mini import (
-    PRESETS, Config, Group, Problem, Rollout, Stage, advantages, difficulty_histogram, mastered, mean_distinct_n,
-    pick_temperature, plateaued, policy_loss, rescue, substitute, temperature_grid, truncated_ratio,
+    PRESETS, Common, Config, Group, Problem, Rollout, Stage, advantages, difficulty_histogram, mastered,
+    mean_and_interval, mean_distinct_n, pick_temperature, plateaued, policy_loss, rescue, substitute, temperature_grid,
+    truncated_ratio,
 )
 from reward import RewardPool
 from rollout import (
-    Engine, Evaluation, HFEngine, ModelError, ProbeCurves, Sampling, autocast, causal_lm, encode_prompts, evaluate,
-    grade_groups, load_model, load_problems, load_tokenizer, resolve_device, resolve_dtype, reward_pool, sample_groups,
+    Engine, Evaluation, HFEngine, Measure, ModelError, ProbeCurves, Sampling, autocast, causal_lm, encode_prompts,
+    evaluate, grade_groups, load_model, load_problems, load_tokenizer, resolve_device, resolve_dtype, reward_pool,
+    run_measure, sample_groups,
 )
 
 # ---------------------------------------------------------------------------- the loop
@@ -830,6 +833,9 @@ class Run:
         line = {**asdict(curves), "distinct_4_fixed": fixed}
         self._append("probes.jsonl", [{"step": step, "stage": stage, "chosen": chosen, **line}])
 
+    def last_step(self) -> int:
+        return max((line["step"] for line in data.read_lines(self.folder / "metrics.jsonl")), default=0)
+
     def has_evaluation(self, step: int) -> bool:
         return any(line["step"] == step for line in data.read_lines(self.folder / "evaluations.jsonl"))
 
@@ -1003,8 +1009,9 @@ class Display:
         ("held-out", "eval/avg_at_k", ".3f"),
     )
 
-    def __init__(self) -> None:
+    def __init__(self, show_rows: bool = True) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
+        self.show_rows = show_rows
         self.rows = 0
 
     def note(self, text: str) -> None:
@@ -1025,6 +1032,8 @@ class Display:
             yield lambda count: progress.advance(task, count)
 
     def row(self, metrics: dict[str, float | None]) -> None:
+        if not self.show_rows:
+            return
         if self.rows % 20 == 0:
             self.note("  ".join(title for title, _, _ in self.COLUMNS))
         self.rows += 1
@@ -1042,11 +1051,11 @@ class TokenColumn(ProgressColumn):
         return Text(f"{task.completed:,.0f} tokens, {task.speed or 0:,.0f}/s" if task.completed else "")
 
 
-def finish(setup: Setup, config: Config, run: Run, display: Display, interrupted: bool) -> None:
+def finish(run: Run, config: Config, display: Display, interrupted: bool) -> None:
     """Say what came of the run: before and after, the plot, and what to do next."""
     folder, checkpoint = run.folder, run.newest_checkpoint()
     if interrupted:
-        display.note(f"stopped after step {setup.state.step} of {config.total_steps}")
+        display.note(f"stopped after step {run.last_step()} of {config.total_steps}")
         display.note(f"go on with: python train.py --resume {folder}")
         return
     evaluations = list(data.read_lines(folder / "evaluations.jsonl"))
@@ -1118,7 +1127,7 @@ def draw(folder: Path) -> Path:
         first = min(line["step"] for line in lines if line["stage"] == stage)
         counts = {f"{name} stage {stage}": known_difficulty(folder, step)
                   for name, step in (("before", first - 1), ("after", last))}
-        data.plot_histograms(axis, counts)
+        data.plot_histograms(axis, {name: known for name, known in counts.items() if any(known)})
     for axis in axes[2][len(stages):]:
         axis.set_axis_off()
     for before, after in itertools.pairwise(lines):
@@ -1136,6 +1145,190 @@ def known_difficulty(folder: Path, step: int) -> list[int]:
     """Return the histogram of each problem's latest pass rate up to a step, offline ones included."""
     latest = {line["id"]: line["score"] for line in data.read_lines(folder / "scores.jsonl") if line["step"] <= step}
     return difficulty_histogram(latest.values())
+
+
+# ------------------------------------------------------------------------ the ablation
+
+
+@dataclass(frozen=True)
+class Ablate:
+    """Train with every mechanism, with each one off in turn and with all of them off (plain GRPO), and compare.
+
+    Every other option is one of training (python train.py --help) and holds for all runs.
+    """
+
+    out: Path = Path("runs/ablation")
+    """Folder of the runs, the table and the figure. What is finished in it is not done again."""
+    seeds: int = 3
+    """Runs of each variant: each seed has problems, a toy model and chance of its own."""
+    target: float = 0.5
+    """Held-out pass rate; how many steps and tokens it takes to get there is compared."""
+
+
+def ablation_variants(config: Config, filtered: str, unfiltered: str) -> dict[str, Config]:
+    """Name the variants of a run and configure them."""
+    off: dict[str, dict[str, Any]] = {
+        "difficulty filter": {"data": unfiltered},
+        "rescue": {"rescue": False},
+        "substitution": {"substitute": False},
+        "removal of mastered problems": {"mastered_above": 1.0},
+        "rising temperature": {"temperature": config.stages[0].temperature},
+        "growing length": {"max_response_tokens": config.stages[-1].max_response_tokens},
+    }
+    config = replace(config, data=filtered)
+    return {
+        "all mechanisms": config,
+        **{f"no {name}": replace(config, **change) for name, change in off.items()},
+        "plain GRPO": replace(config, **{name: value for change in off.values() for name, value in change.items()}),
+    }
+
+
+def run_ablation(options: Ablate, config: Config, display: Display) -> None:
+    """Do the runs that are missing, then compare all of them."""
+    if options.seeds < 1 or not 0 < options.target < 1:
+        raise ConfigError(f"seeds is {options.seeds}, target {options.target}: give at least 1, and a pass rate")
+    runs: dict[str, list[Run]] = defaultdict(list)  # variant -> one run per seed
+    for seed in range(config.seed, config.seed + options.seeds):
+        seeded = replace(config, seed=seed)
+        scores, filtered, held_out = measured_problems(seeded, options.out / f"data-{seed}", display)
+        for name, variant in ablation_variants(seeded, str(filtered), str(scores)).items():
+            run = Run(options.out / f"{name.replace(' ', '-')}-{seed}")
+            runs[name].append(run)
+            variant = replace(variant, eval_data=str(held_out), run_dir=str(run.folder))
+            if (run.folder / "config.json").exists():
+                if replace(saved_config(run.folder), resume=None) != variant:
+                    raise ConfigError(f"out is {options.out}: its runs have other settings; give another --out")
+                variant = replace(variant, resume=str(run.folder))
+            if run.last_step() >= config.total_steps:
+                continue
+            display.note(f"\nseed {seed}, {name}")
+            _, interrupted = run_training(variant, Display(show_rows=False))
+            if interrupted:
+                display.note("the same command goes on where it stopped")
+                return
+    table = ablation_table(runs, options.target)
+    data.write_whole(options.out / "table.md", table)
+    display.note(f"\n{table}\n{draw_ablation(runs, options.out / 'ablation.png')}, {options.out / 'table.md'}")
+
+
+def measured_problems(config: Config, folder: Path, display: Display) -> tuple[Path, Path, Path]:
+    """Write down what all variants of a seed share: problems with pass rates, those not always solved, held-out ones.
+
+    The pass rates are those of the model to be trained, as `python data.py measure` and `filter` give them.
+    """
+    problems, filtered, held_out, scores = (
+        folder / f"{name}.jsonl" for name in ("problems", "filtered", "held_out", "scores")
+    )
+    training, evaluation = load_data(config)
+    data.write_problems(training, problems)
+    data.write_problems(evaluation, held_out)
+    model = str(toy_model_folder(config, evaluation, display)) if config.model == "toy" else config.model
+    common = {field.name: getattr(config, field.name) for field in fields(Common)}
+    run_measure(Measure(**{**common, "model": model}, data=str(problems), out=str(scores),
+                        max_response_tokens=config.stages[-1].max_response_tokens))
+    if not filtered.exists():
+        data.filter_problems(data.Filter(str(scores), filtered))
+    return scores, filtered, held_out
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What the ablation compares of one run."""
+
+    final: float
+    """Held-out pass rate at the end."""
+    steps: float | None
+    """Steps to the target, interpolated between evaluations; None if it was not reached."""
+    generated: float | None
+    """Tokens generated in them."""
+    forwarded: float | None
+    """Tokens forwarded by their updates."""
+    informative: float
+    """Mean share of informative groups."""
+    distinct_4: float
+    """Of the last tenth of the steps."""
+
+    @classmethod
+    def of(cls, run: Run, target: float) -> RunSummary:
+        lines = list(data.read_lines(run.folder / "metrics.jsonl"))
+        points = [(e["step"], e["avg_at_k"]) for e in data.read_lines(run.folder / "evaluations.jsonl")]
+        steps = 0.0 if points[0][1] >= target else None
+        for (s0, rate0), (s1, rate1) in itertools.pairwise(points):
+            if steps is None and rate0 < target <= rate1:
+                steps = s0 + (s1 - s0) * (target - rate0) / (rate1 - rate0)
+
+        def spent(metric: str) -> float | None:
+            return None if steps is None else sum(
+                line[metric] * min(1.0, max(0.0, steps - line["step"] + 1)) for line in lines
+            )
+
+        return cls(
+            points[-1][1], steps, spent("tokens/rollout"), spent("tokens/update"),
+            statistics.fmean(line["batch/informative"] for line in lines),
+            statistics.fmean(line["diversity/distinct_4"] for line in lines[-max(1, len(lines) // 10) :]),
+        )
+
+
+def ablation_table(runs: dict[str, list[Run]], target: float) -> str:
+    """Compare the variants in Markdown: means over seeds, with 95 % intervals where there are several."""
+    summaries = {name: [RunSummary.of(run, target) for run in several] for name, several in runs.items()}
+    complete = summaries["all mechanisms"]
+
+    def shown(values: Sequence[float | None], form: str, scale: float = 1.0) -> str:
+        reached = [value * scale for value in values if value is not None]
+        if len(reached) < len(values):
+            return f"reached by {len(reached)} of {len(values)}"
+        mean, interval = mean_and_interval(reached)
+        return format(mean, form) + ("" if math.isnan(interval) else f" ± {format(interval, form.lstrip('+'))}")
+
+    rows = [
+        ("variant", "held-out at the end, %", "against all, points", f"steps to {target:.0%}",
+         "generated, k tokens", "updated, k tokens", "informative, %", "distinct-4 at the end"),
+        ("---",) * 8,
+    ]  # fmt: skip
+    for name, found in summaries.items():
+        against = [one.final - other.final for one, other in zip(found, complete, strict=True)]  # paired by seed
+        rows.append((
+            name, shown([s.final for s in found], ".1f", 100),
+            "" if found is complete else shown(against, "+.1f", 100), shown([s.steps for s in found], ".0f"),
+            shown([s.generated for s in found], ".0f", 1e-3), shown([s.forwarded for s in found], ".0f", 1e-3),
+            shown([s.informative for s in found], ".0f", 100), shown([s.distinct_4 for s in found], ".3f"),
+        ))  # fmt: skip
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def draw_ablation(runs: dict[str, list[Run]], path: Path) -> Path:
+    """Draw the variants over time, each as its mean over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    for number, (name, several) in enumerate(runs.items()):
+        metrics = [list(data.read_lines(run.folder / "metrics.jsonl")) for run in several]
+        evaluations = [list(data.read_lines(run.folder / "evaluations.jsonl")) for run in several]
+        style: dict[str, Any] = {"color": f"C{number}", "linewidth": 2.5 if number == 0 else 1.2, "label": name}
+
+        def mean(lines: Sequence[Sequence[dict[str, Any]]], metric: str) -> list[float]:
+            return [statistics.fmean(line[metric] for line in same) for same in zip(*lines, strict=False)]
+
+        tokens = [0.0, *itertools.accumulate(mean(metrics, "tokens/rollout"))]
+        held_out, steps = mean(evaluations, "avg_at_k"), [e["step"] for e in evaluations[0]]
+        axes[0, 0].plot(steps, held_out, marker=".", **style)
+        axes[0, 1].plot([tokens[step] / 1e6 for step in steps], held_out, marker=".", **style)
+        for axis, metric in ((axes[1, 0], "batch/informative"), (axes[1, 1], "diversity/distinct_4")):
+            values = mean(metrics, metric)
+            smooth = [statistics.fmean(values[max(0, i - 4) : i + 5]) for i in range(len(values))]
+            axis.plot(range(1, len(values) + 1), smooth, **style)
+    for axis, x, y in ((axes[0, 0], "step", "held-out pass rate"),
+                       (axes[0, 1], "million generated tokens", "held-out pass rate"),
+                       (axes[1, 0], "step", "share of informative groups"), (axes[1, 1], "step", "distinct-4")):
+        axis.set(xlabel=x, ylabel=y)
+    axes[0, 0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
 
 
 # -------------------------------------------------------------------- the command line
@@ -1244,14 +1437,23 @@ def main(arguments: Sequence[str]) -> None:
             raise ConfigError("plot needs one folder: python train.py plot RUN")
         display.note(str(draw(Path(arguments[1]))))
         return
+    if arguments[:1] == ["ablate"]:
+        options, others = tyro.cli(Ablate, args=arguments[1:], prog="train.py ablate", return_unknown_args=True)
+        run_ablation(options, read_config(others), display)
+        return
     config = read_config(arguments)
-    folder = run_folder(config)
-    run = Run(folder)
+    run, interrupted = run_training(config, display)
+    finish(run, config, display, interrupted)
+
+
+def run_training(config: Config, display: Display) -> tuple[Run, bool]:
+    """Set up and train; tell whether Ctrl-C ended it."""
+    run = Run(run_folder(config))
     setup = set_up(config, run, display)
     interrupt = Interrupt()
     with setup.pool:
         train(setup, config, run, display, interrupt)
-    finish(setup, config, run, display, interrupt.requested)
+    return run, interrupt.requested
 
 
 if __name__ == "__main__":
