@@ -677,19 +677,41 @@ def _tour() -> None:
         rollouts = [Rollout(name, (), [], [], f"response {i}", "stop", reward) for i, reward in enumerate(rewards)]
         return Group(Problem(name, name, ("1",)), rollouts)
 
+    def show(mechanism: str, *found: object) -> None:
+        print(mechanism.ljust(14), *found)
+
+    print("before training: which problems, which temperature (numbers of the blog's figures)")
+    deepscaler_1_5b = [13828, 3751, 2972, 2845, 2789, 2469, 2564, 2816, 6107]
+    deepscaler_7b = [8881, 2590, 2080, 1846, 1859, 1909, 2536, 4520, 14191]
+    show("difficulty", "0/8 ... 8/8 of R1-Distill-1.5B:", histogram_verdict(deepscaler_1_5b))
+    show("", "0/8 ... 8/8 of R1-Distill-7B:", histogram_verdict(deepscaler_7b), "(too easy: 8/8 is filtered out)")
+    accuracy = {0.1: 70, 0.6: 73.8, 0.8: 74.2, 1.4: 74, 1.45: 73.2, 1.5: 70.2, 1.55: 67.8, 1.6: 50, 1.7: 32.7}
+    diversity = {0.1: 28, 0.4: 38, 0.6: 42, 0.8: 45, 1.0: 47, 1.2: 55, 1.4: 63, 1.6: 84}
+    show("temperature", f"Qwen3-4B: {temperature_zones(accuracy)} -> {pick_temperature(accuracy, diversity)}")
+
+    print("\none step")
     rng = random.Random(0)
     batch = [group("a", [1, 0, 0, 0]), group("b", [0, 0, 0, 0]), group("c", [1, 1, 1, 1]), group("d", [1, 1, 0, 0])]
     sink = {"b": Rollout("b", (), [], [], "an old correct response", "stop", 1.0)}
-    print("rewards      ", {g.problem.id: [r.reward for r in g.rollouts] for g in batch})
+    show("rewards", {g.problem.id: [r.reward for r in g.rollouts] for g in batch})
     batch = rescue(batch, sink, rng)
-    print("rescue       ", f"b -> {[r.text for r in batch[1].rollouts]}")
+    show("rescue", f"b -> {[r.text for r in batch[1].rollouts]}")
     batch = substitute(batch, rng)
-    print("substitute   ", {g.problem.id: f"{g.weight} places" for g in batch}, "(c taught nothing)")
+    show("substitute", {g.problem.id: f"{g.weight} places" for g in batch}, "(c taught nothing)")
     for g in batch:
-        print("advantages   ", g.problem.id, [round(a, 3) for a in advantages([r.reward for r in g.rollouts])])
-    print("mastered     ", mastered({"a": [0.25], "c": [1.0, 1.0], "unvisited": []}, above=0.9))
-    print("distinct_n   ", distinct_n(["2 + 3 = 5 so 5", "2 + 3 = 5 so five"]))
-    print("pass_at_k    ", {k: pass_at_k(2, 8, k) for k in (1, 4, 8)}, "with 2 of 8 correct")
+        show("advantages", g.problem.id, [round(a, 3) for a in advantages([r.reward for r in g.rollouts])])
+    show("policy_loss", "works on tensors, whose import takes longer than this tour: see tests/test_polaris_mini.py")
+
+    print("\nbetween stages")
+    show("mastered", mastered({"a": [0.25], "c": [1.0, 1.0], "unvisited": []}, above=0.9))
+    for mean_rewards in ((0.1, 0.2, 0.3, 0.4), (0.3, 0.4, 0.4, 0.3)):
+        show("plateaued", mean_rewards, plateaued(mean_rewards, window=2))
+
+    print("\nafter training")
+    show("pass_at_k", {k: round(pass_at_k(2, 8, k), 3) for k in (1, 4, 8)}, "with 2 of 8 correct")
+    show("distinct_n", distinct_n(["2 + 3 = 5 so 5", "2 + 3 = 5 so five"]))
+    for engine in ("hf", "vllm"):
+        show("yarn_config", engine, yarn_config(1.5, 65536, engine=engine))
 
 
 if __name__ == "__main__":

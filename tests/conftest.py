@@ -1,7 +1,11 @@
 """Tiny real models, tokenizers and problems, made in a moment and without a download."""
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from transformers import (
 import train  # noqa: F401  registers the packed attention
 from polaris_mini import Rollout
 
+ROOT = Path(__file__).parents[1]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "intermediate_size": 64, "max_position_embeddings": 256, "eos_token_id": 3, "pad_token_id": 0,
          "bos_token_id": None, "vocab_size": 50}
@@ -45,3 +50,17 @@ def random_rollouts(count: int, seed: int = 0, longest: int = 40) -> list[Rollou
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    return {**os.environ, "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="session")
+def run_train(environment):
+    def call(*arguments: object, script: str = "train.py") -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    return call

@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -581,25 +581,40 @@ def test_toy_problems_are_sums() -> None:
     assert all(100 < count < 400 for count in lengths.values())
 
 
-def test_toy_response_without_errors_is_right() -> None:
-    rng = random.Random(0)
+def test_toy_response_without_habits_is_right_and_adds_one_term_a_line() -> None:
     for problem in data.toy_problems(200, seed=0):
-        assert data.toy_response(problem, 0.0, rng).endswith(f"</think>\n\\boxed{{{problem.answers[0]}}}")
+        response = data.toy_response(problem, None)
+        assert response.endswith(f"</think>\n\\boxed{{{problem.answers[0]}}}")
+        assert response.count(" = ") == problem.text.count(" + ")
 
 
-def test_toy_response_errs_as_often_as_asked_and_carries_on() -> None:
+def test_toy_response_errs_by_habit_and_carries_on() -> None:
     rng = random.Random(0)
-    slips: Counter[int] = Counter()
-    for problem in data.toy_problems(2000, seed=0):
-        response = data.toy_response(problem, 0.2, rng)
-        steps = [[int(number) for number in re.findall(r"\d+", line)] for line in response.split("\n")[:-2]]
-        assert [b for _, b, _ in steps] == [int(term) for term in problem.text.split(" + ")[1:]]
-        assert [a for a, _, _ in steps[1:]] == [c for _, _, c in steps[:-1]]
-        assert f"\\boxed{{{steps[-1][2]}}}" in response
-        assert all(c > 0 for _, _, c in steps)
-        slips.update(c - a - b for a, b, c in steps)
-    assert set(slips) == {0, -10, -2, -1, 1, 2, 10}
-    assert 1 - slips[0] / slips.total() == pytest.approx(0.2, abs=0.015)
+    slips: dict[tuple[int, int], Counter[int]] = defaultdict(Counter)  # last digit and term -> slip -> how often
+    hasty = lines = 0
+    for problem in data.toy_problems(4000, seed=0):
+        response = data.toy_response(problem, rng)
+        added = []
+        total = int(problem.text.split(" + ")[0])
+        for line in response.split("\n")[:-2]:
+            left, result = line.split(" = ")
+            first, *terms = map(int, left.split(" + "))
+            assert first == total  # the chain goes on from a wrong value
+            added += terms
+            lines, hasty = lines + 1, hasty + (len(terms) > 1)
+            if len(terms) == 1:
+                slips[total % 10, terms[0]][int(result) - total - terms[0]] += 1
+            total = int(result)
+        assert added == [int(term) for term in problem.text.split(" + ")[1:]]
+        assert response.endswith(f"\\boxed{{{total}}}")
+    assert len(slips) == 120
+    assert all(len(found) <= 2 for found in slips.values())  # right, or always the same slip
+    hard = [found for found in slips.values() if found.total() > found[0]]
+    assert 0.2 < len(hard) / len(slips) < 0.4
+    for found in hard:
+        if found.total() > 150 and -10 not in found:  # a slip of -10 is not made where it leads below 1
+            assert found.total() - found[0] == pytest.approx(data.TOY_WRONG * found.total(), rel=0.2)
+    assert hasty / lines == pytest.approx(data.TOY_HASTE, abs=0.05)
 
 
 def test_toy_tokenizer_is_exact_and_survives_saving(tmp_path: Path) -> None:
@@ -612,7 +627,7 @@ def test_toy_tokenizer_is_exact_and_survives_saving(tmp_path: Path) -> None:
     assert toy.tokenize("12 + 3 = 15\n</think>\n\\boxed{15}") == [
         "1", "2", " + ", "3", " = ", "1", "5", "\n", "</think>", "\n", "\\boxed{", "1", "5", "}"]  # fmt: skip
     for problem in data.toy_problems(100, seed=0):
-        text = f"<|user|>{problem.text}<|end|><|assistant|><think>{data.toy_response(problem, 0.5, rng)}<|end|>"
+        text = f"<|user|>{problem.text}<|end|><|assistant|><think>{data.toy_response(problem, rng)}<|end|>"
         for tokenizer in (toy, loaded):
             tokens = tokenizer(text)["input_ids"]
             assert tokens == toy(text)["input_ids"]

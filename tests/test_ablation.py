@@ -1,0 +1,138 @@
+"""Switching mechanisms off: what is left is plain GRPO, and what `train.py ablate` makes of the comparison."""
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import data
+import train
+from polaris_mini import PRESETS, advantages
+from rollout import HFEngine, Sampling, encode_prompts, grade_groups, reward_pool, sample_groups
+
+SMALL = ["--warmup-steps", "30", "--prompts-per-step", "8", "--group-size", "4", "--eval-problems", "8",
+         "--eval-rollouts", "2", "--eval-every", "2", "--checkpoint-every", "2"]
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_with_all_mechanisms_off_training_is_plain_grpo_to_the_bit(environment, run_train, tmp_path, monkeypatch):
+    """A loop that knows sampling, grading, advantages and the update, and nothing else, ends at the same weights."""
+    monkeypatch.setenv("XDG_CACHE_HOME", environment["XDG_CACHE_HOME"])
+    options = [*SMALL, "--stages", "2:1.0:40", "2:1.0:40", "--eval-every", "-1"]
+    off = ["--no-rescue", "--no-substitute", "--mastered-above", "1"]
+    result = run_train(*options, *off, "--run-dir", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoints" / "step_000004").state_dict()
+
+    config = train.read_config(options)
+    tokenizer = data.toy_tokenizer()
+    problems = encode_prompts(config, train.load_data(config)[0], tokenizer)
+    start = train.toy_model_folder(config, [], train.Display())
+    policy = train.load_policy(config, str(start), None, torch.device("cpu"))
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    optimizer = train.make_optimizer(policy, config)
+    engine = HFEngine(policy, tokenizer, rollouts_per_batch=config.rollouts_per_batch)
+    sampler = data.ProblemSampler(problems, config.seed)
+    with reward_pool(config, tokenizer) as pool:
+        for step in range(4):
+            seed = random.Random(f"{config.seed}:{step}").getrandbits(63)
+            groups = sample_groups(engine, tokenizer, sampler.peek(8), 4, Sampling(1.0, 40, seed))
+            sampler.advance(8)
+            grade_groups(groups, pool)
+            for group in groups:
+                values = advantages([rollout.reward for rollout in group.rollouts])
+                for rollout, value in zip(group.rollouts, values, strict=True):
+                    rollout.advantage = value
+            train.update_policy(policy, optimizer, groups, 1.0, config)
+    assert any(not torch.equal(before[name], value) for name, value in policy.state_dict().items())
+    assert all(torch.equal(trained[name], value) for name, value in policy.state_dict().items())
+
+
+def test_each_variant_differs_from_all_mechanisms_in_one_setting():
+    config = PRESETS["toy"]
+    variants = train.ablation_variants(config, "filtered.jsonl", "scores.jsonl")
+    complete = variants.pop("all mechanisms")
+    plain = variants.pop("plain GRPO")
+    changed = [name for variant in variants.values() for name in vars(variant)
+               if getattr(variant, name) != getattr(complete, name)]
+    assert sorted(changed) == ["data", "mastered_above", "rescue", "stages", "stages", "substitute"]
+    assert all(variant.total_steps == config.total_steps for variant in variants.values())
+    assert not plain.rescue
+    assert not plain.substitute
+    assert plain.mastered_above == 1
+    assert {(stage.temperature, stage.max_response_tokens) for stage in plain.stages} == {
+        (config.stages[0].temperature, config.stages[-1].max_response_tokens)}  # fmt: skip
+
+
+def made_up_run(folder: Path, rates: dict[int, float], tokens: int = 1000) -> train.Run:
+    steps = range(1, max(rates) + 1)
+    data.append_lines(folder / "metrics.jsonl", [
+        {"step": step, "tokens/rollout": tokens, "tokens/update": 10, "batch/informative": 0.5,
+         "diversity/distinct_4": 1 / step} for step in steps
+    ])
+    data.append_lines(folder / "evaluations.jsonl", [{"step": step, "avg_at_k": rate} for step, rate in rates.items()])
+    return train.Run(folder)
+
+
+def test_summary_interpolates_the_steps_and_tokens_to_the_target(tmp_path):
+    run = made_up_run(tmp_path / "rising", {0: 0.2, 10: 0.4, 20: 0.6})
+    summary = train.RunSummary.of(run, target=0.45)
+    assert summary.steps == pytest.approx(12.5)
+    assert summary.generated == pytest.approx(12_500)
+    assert summary.forwarded == pytest.approx(125)
+    assert (summary.final, summary.informative) == (0.6, 0.5)
+    assert summary.distinct_4 == pytest.approx((1 / 19 + 1 / 20) / 2)
+    assert train.RunSummary.of(run, target=0.7).steps is None
+    assert train.RunSummary.of(run, target=0.1).steps == 0
+
+
+def test_table_pairs_seeds_and_says_which_runs_did_not_reach_the_target(tmp_path):
+    runs = {
+        "all mechanisms": [made_up_run(tmp_path / f"all{i}", {0: 0.0, 10: end}) for i, end in enumerate((0.8, 0.6))],
+        "plain GRPO": [made_up_run(tmp_path / f"plain{i}", {0: 0.0, 10: end}) for i, end in enumerate((0.7, 0.4))],
+    }
+    head, _, complete, plain = train.ablation_table(runs, target=0.5).splitlines()
+    assert "steps to 50%" in head
+    assert complete.startswith("| all mechanisms | 70.0 ± ")
+    assert "| -15.0 ± 63.5 | reached by 1 of 2 |" in plain  # t(1) = 12.71; differences -10 and -20
+
+
+def test_ablate_runs_every_variant_once_and_goes_on_where_it_stopped(run_train, tmp_path):
+    rows = [{"problem": p.text, "answer": p.answers[0]} for p in data.toy_problems(30, seed=5)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["ablate", "--out", tmp_path / "out", "--seeds", 2, "--data", tmp_path / "sums.jsonl", *SMALL,
+               "--stages", "1:1.0:40", "1:1.1:48",
+               "--target", 0.5]
+    result = run_train(*options)
+    assert result.returncode == 0, result.stderr
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert len(table.splitlines()) == 2 + 8
+    assert table in result.stdout
+    assert (tmp_path / "out" / "ablation.png").stat().st_size > 20_000
+    stages = {path.parent.name: [m["sampling/temperature"] for m in lines(path)]
+              for path in (tmp_path / "out").glob("*/metrics.jsonl")}
+    assert len(stages) == 16
+    assert stages["all-mechanisms-0"] == [1.0, 1.1]
+    assert stages["no-rising-temperature-1"] == [1.0, 1.0]
+
+    shutil.rmtree(tmp_path / "out" / "plain-GRPO-1")  # as if the command had ended before it
+    cut = tmp_path / "out" / "no-growing-length-1"  # and this one had been killed before its last step
+    shutil.rmtree(cut / "checkpoints" / "step_000002")
+    (cut / "metrics.jsonl").write_text((cut / "metrics.jsonl").read_text().splitlines(keepends=True)[0])
+    (tmp_path / "out" / "table.md").unlink()
+    result = run_train(*options)
+    assert result.returncode == 0, result.stderr
+    assert [line for line in result.stdout.splitlines() if line.startswith("seed ")] == [
+        "seed 1, no growing length", "seed 1, plain GRPO"]
+    assert (tmp_path / "out" / "table.md").read_text() == table
+
+    result = run_train(*options, "--lr", "1e-3")
+    assert (result.returncode, "other settings" in result.stderr) == (2, True)
