@@ -694,7 +694,7 @@ def shuffled_for_ever(count: int, seed: int) -> Iterator[int]:
 
 
 TOY_MODEL: dict[str, Any] = {
-    "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16,
+    "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
     "intermediate_size": 384, "max_position_embeddings": 192, "tie_word_embeddings": True, "rope_theta": 10_000.0,
     "initializer_range": 0.05,
 }
