@@ -125,9 +125,10 @@ class Common:
     max_prompt_tokens: int = 1024
     """Longest prompt in tokens. Source: release (1024)."""
     engine: Literal["auto", "hf", "vllm"] = "auto"
-    """What generates. hf: the policy's own weights, by PyTorch. vllm: not in this version. auto: hf."""
+    """What generates. hf: the policy itself, by plain PyTorch. vllm: much faster on a GPU. auto: vllm on a GPU if it is
+    installed, else hf."""
     rollouts_per_batch: int = 256
-    """Responses that the hf engine generates side by side: memory and speed. Another number draws other responses."""
+    """Responses that are generated side by side: memory and speed. Another number draws other responses."""
     require_think: bool = True
     """With a model whose chat template knows <think>, grade only what follows </think>. Source: release."""
     reward_workers: int = 2
@@ -210,6 +211,9 @@ class Config(Common):
     """The ratio is clipped from above at 1 + clip_high; inf: off. Source: release (0.28), DAPO (arXiv 2503.14476)."""
     dual_clip: float = 3.0
     """A token with negative advantage loses at most dual_clip x |advantage|; inf: off. Source: release (3)."""
+    mismatch: Literal["auto", "ignore", "tis", "icepop"] = "auto"
+    """Sampler and trainer never give a token quite the same probability. tis: weigh it by min(trainer / sampler, 2);
+    icepop: by the ratio itself, 0 outside [0.5, 2]; ignore: 1. auto: tis if vllm generates, else ignore."""
     updates_per_batch: int = 1
     """Optimizer steps per rollout batch, each on its share of the groups. With 1 the ratio is exactly 1."""
 
@@ -424,6 +428,15 @@ def truncated_ratio(logprobs: Tensor, sampler_logprobs: Tensor, cap: float = 2.0
     return (logprobs - sampler_logprobs).detach().clamp(max=20).exp().clamp(max=cap)
 
 
+def icepop_ratio(logprobs: Tensor, sampler_logprobs: Tensor, low: float = 0.5, high: float = 2.0) -> Tensor:
+    """Weigh tokens as `truncated_ratio` does, but drop those whose ratio is outside [low, high]: (N,).
+
+    Source: IcePop (Ling team, 2025: importance sampling that masks tokens on which sampler and trainer disagree).
+    """
+    ratio = (logprobs - sampler_logprobs).detach().clamp(max=20).exp()
+    return ratio.where((ratio >= low) & (ratio <= high), 0.0)
+
+
 def mastered(scores: Mapping[str, Sequence[float]], above: float) -> set[str]:
     """Name the problems whose mean score in a stage is above the limit. Problems without a score are not named.
 
@@ -547,26 +560,20 @@ def pick_temperature(
     return min([*reached, zones.exploration_until])
 
 
-def yarn_config(
-    factor: float, original_max_positions: int, *, engine: Literal["hf", "vllm"], attention_scale: float = 1.0
-) -> dict[str, Any]:
-    """Make the rope settings that stretch a model's positions by `factor`, at inference.
+def yarn_config(factor: float, original_max_positions: int, *, attention_scale: float = 1.0) -> dict[str, Any]:
+    """Make the rope settings that stretch a model's positions by `factor`, at inference, for both engines.
 
-    The engines name the attention scale differently: transformers takes it as it is (attention_factor), vLLM multiplies
-    its attn_factor by 0.1 ln(factor) + 1. Here it is the same for both.
-
-    >>> round(yarn_config(1.5, 65536, engine="vllm")["attn_factor"], 4)
-    0.961
+    >>> yarn_config(1.5, 65536)["attention_factor"]
+    1.0
 
     Source: YaRN (arXiv 2309.00071); blog (factor 1.5, at inference only, without attention scaling).
-    Differs from the release: its attn_factor of 1.0 leaves vLLM's own scale, 1.0405, switched on.
+    Differs from the release: its attn_factor of 1.0 was multiplied by 0.1 ln(1.5) + 1 = 1.0405 in the vLLM of its time
+    and is ignored by today's and by transformers, so YaRN's scaling of attention stayed on.
     """
-    rope: dict[str, Any] = {
+    return {
         "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original_max_positions,
+        "attention_factor": attention_scale,
     }  # fmt: skip
-    if engine == "hf":
-        return {**rope, "attention_factor": attention_scale}
-    return {**rope, "attn_factor": attention_scale / (0.1 * math.log(factor) + 1)}
 
 
 # -------------------------------------------------------------- what is measured
@@ -710,8 +717,7 @@ def _tour() -> None:
     print("\nafter training")
     show("pass_at_k", {k: round(pass_at_k(2, 8, k), 3) for k in (1, 4, 8)}, "with 2 of 8 correct")
     show("distinct_n", distinct_n(["2 + 3 = 5 so 5", "2 + 3 = 5 so five"]))
-    for engine in ("hf", "vllm"):
-        show("yarn_config", engine, yarn_config(1.5, 65536, engine=engine))
+    show("yarn_config", yarn_config(1.5, 65536))
 
 
 if __name__ == "__main__":

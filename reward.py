@@ -22,7 +22,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from decimal import Decimal
@@ -153,8 +153,7 @@ def _decide(item: Item, require_think: bool) -> Grade | Comparison:
 class RewardPool(AbstractContextManager["RewardPool"]):
     """Grade many responses, with worker processes that no answer can hang.
 
-    A worker starts when text and plain numbers do not decide, and stays until `close`. `timeouts` counts the
-    grades with that reason.
+    A worker starts when text and plain numbers do not decide, and stays until `close`.
     """
 
     def __init__(
@@ -163,7 +162,7 @@ class RewardPool(AbstractContextManager["RewardPool"]):
         for name, value in {"workers": workers, "timeout": timeout, "memory_gb": memory_gb}.items():
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}: give a number above 0")
-        self.timeout, self.require_think, self.timeouts = timeout, require_think, 0
+        self.timeout, self.require_think = timeout, require_think
         self._command = [sys.executable, os.path.abspath(__file__), "--worker", str(timeout), str(memory_gb)]
         self._threads = ThreadPoolExecutor(workers)  # each waits for one worker
         self._running: list[Any] = []  # the workers, Popen objects
@@ -171,15 +170,21 @@ class RewardPool(AbstractContextManager["RewardPool"]):
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
         """Return one grade for each (response, answers, truncated), in order."""
-        decided = [_decide(item, self.require_think) for item in items]
+        futures = [self.submit(item) for item in items]
         try:
-            compared = self._threads.map(self._compare, [d for d in decided if not isinstance(d, Grade)])
-            grades = [d if isinstance(d, Grade) else next(compared) for d in decided]
+            return [future.result() for future in futures]
         except BaseException:  # Ctrl-C above all
             self.close()
             raise
-        self.timeouts += sum(g.reason == "timeout" for g in grades)
-        return grades
+
+    def submit(self, item: Item) -> Future[Grade]:
+        """Begin to grade one (response, answers, truncated)."""
+        decided = _decide(item, self.require_think)
+        if not isinstance(decided, Grade):
+            return self._threads.submit(self._compare, decided)
+        known: Future[Grade] = Future()
+        known.set_result(decided)
+        return known
 
     def close(self) -> None:
         """End the workers; what they are comparing is dropped."""

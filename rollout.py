@@ -15,12 +15,15 @@ Left out: paged attention, continuous batching, CUDA graphs. They are a serving 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
+import os
 import random
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +31,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 from transformers import (
-    AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase,
+    AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 import data
@@ -37,7 +41,7 @@ from polaris_mini import (
     Common, Group, Problem, Rollout, Zones, mean_and_interval, mean_distinct_n, pass_at_k, pick_temperature,
     temperature_grid, temperature_zones, yarn_config,
 )
-from reward import RewardPool, check_answer
+from reward import Grade, RewardPool, check_answer
 
 # -------------------------------------------------------------- models from disk or hub
 
@@ -136,7 +140,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 
 @dataclass(slots=True)
 class Response:
-    """What an engine returns for one prompt."""
+    """One response as an engine returns it."""
 
     tokens: list[int]
     sampler_logprobs: list[float]
@@ -158,13 +162,20 @@ class Sampling:
 class Engine(Protocol):
     """What training and evaluation ask of an engine."""
 
-    def sync(self, policy: torch.nn.Module) -> None:
-        """Take over the policy's current weights."""
+    def wake(self, policy: torch.nn.Module) -> None:
+        """Get ready to generate with the policy's current weights."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, on_tokens: Callable[[int], None] | None = None
-    ) -> list[Response]:
-        """Return one response per prompt, in order; report newly generated tokens to `on_tokens`."""
+        self, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> Iterator[tuple[int, list[Response]]]:
+        """Yield each prompt's number with its `count` responses, as they finish; report new tokens to `on_tokens`."""
+
+    def sleep(self) -> None:
+        """Leave the device's memory to the update."""
+
+    def close(self) -> None:
+        """End the engine for good."""
 
 
 class HFEngine:
@@ -175,35 +186,43 @@ class HFEngine:
     """
 
     def __init__(
-        self, policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, *, rollouts_per_batch: int,
-        dtype: torch.dtype = torch.float32,
+        self, policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Common
     ) -> None:
         self.policy = policy
-        self.rollouts_per_batch = rollouts_per_batch
-        self.dtype = dtype
+        self.rollouts_per_batch = settings.rollouts_per_batch
         model = causal_lm(policy)
         self.device = model.device
-        listed = model.generation_config.eos_token_id if model.generation_config is not None else None
-        stop_tokens = {tokenizer.eos_token_id, *([listed] if isinstance(listed, int) else listed or [])}
-        self.stop_tokens = torch.tensor(sorted(stop_tokens), device=self.device)
+        self.dtype = resolve_dtype(settings, self.device)
+        self.stop_tokens = torch.tensor(stop_tokens(tokenizer, model.generation_config), device=self.device)
 
-    def sync(self, policy: torch.nn.Module) -> None:
+    def wake(self, policy: torch.nn.Module) -> None:
         """Nothing to copy: the engine reads the policy's own weights."""
         self.policy = policy
 
+    def sleep(self) -> None:
+        """Nothing to free: the cache lives as long as a batch."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, on_tokens: Callable[[int], None] | None = None
-    ) -> list[Response]:
-        """Return one response per prompt, in order. The same seed and prompts give the same responses."""
+        self, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> Iterator[tuple[int, list[Response]]]:
+        """Yield each prompt's number with its responses. The same seed and prompts give the same responses."""
         generator = torch.Generator(self.device).manual_seed(sampling.seed)
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours need little padding
-        responses: dict[int, Response] = {}
-        with torch.inference_mode(), autocast(self.device, self.dtype), _decoding(self.policy):
-            for start in range(0, len(prompts), self.rollouts_per_batch):
-                batch = by_length[start : start + self.rollouts_per_batch]
-                finished = self._decode([prompts[i] for i in batch], sampling, generator, on_tokens)
-                responses.update(zip(batch, finished, strict=True))
-        return [responses[i] for i in range(len(prompts))]
+        rows = [i for i in by_length for _ in range(count)]
+        responses: dict[int, list[Response]] = {i: [] for i in by_length}
+        for start in range(0, len(rows), self.rollouts_per_batch):
+            batch = rows[start : start + self.rollouts_per_batch]
+            with torch.inference_mode(), autocast(self.device, self.dtype), _decoding(self.policy):
+                drawn = self._decode([prompts[i] for i in batch], sampling, generator, on_tokens)
+            for i, response in zip(batch, drawn, strict=True):
+                responses[i].append(response)
+            for i in dict.fromkeys(batch):
+                if len(responses[i]) == count:
+                    yield i, responses[i]
 
     def _decode(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, generator: torch.Generator,
@@ -279,21 +298,185 @@ def _truncate(logprobs: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return logprobs
 
 
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig | None) -> list[int]:
+    """Return the tokens that end a response: the tokenizer's, and those that the model's generation settings list."""
+    listed = settings.eos_token_id if settings is not None else None
+    return sorted({tokenizer.eos_token_id, *([listed] if isinstance(listed, int) else listed or [])})
+
+
+class VLLMEngine:
+    """Generate with vLLM in this very process, on the policy's own device: paged attention, continuous batching.
+
+    On a GPU the two take turns with the memory: asleep, the engine holds neither weights nor a key-value cache, and
+    waking it brings the policy's weights over, tensor by tensor, before the cache is made. So policy, engine, cache and
+    the update's activations are never there together. On a CPU, where vLLM cannot sleep, it only takes the weights.
+    """
+
+    def __init__(
+        self, model: str, tokenizer: PreTrainedTokenizerBase, settings: Common, *, max_tokens: int,
+        rope: Mapping[str, Any] | None = None, weights: Literal["disk", "policy"] = "disk",
+    ) -> None:
+        """Start vLLM. max_tokens: of the longest prompt with its response. weights: policy, if `wake` brings them."""
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process, not in one beside
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        from vllm import LLM
+
+        device = resolve_device(settings.device)
+        dtype = resolve_dtype(settings, device)
+        self.cuda, self.dtype = device.type == "cuda", dtype
+        config = AutoConfig.from_pretrained(model, trust_remote_code=settings.trust_remote_code)
+        overrides: dict[str, Any] = {}
+        if rope is not None:
+            positions = round(rope["factor"] * rope["original_max_position_embeddings"])
+            text = config.get_text_config()
+            overrides = {"rope_parameters": {**text.rope_parameters, **rope}, "max_position_embeddings": positions}
+        cache_bytes = kv_cache_bytes(config, dtype, device, max_tokens, settings.rollouts_per_batch)
+        try:
+            self.llm = LLM(
+                model=model, dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
+                seed=settings.seed, hf_overrides=overrides,
+                load_format="auto" if weights == "disk" else "dummy", trust_remote_code=settings.trust_remote_code,
+                max_model_len=max_tokens, max_num_seqs=settings.rollouts_per_batch, kv_cache_memory_bytes=cache_bytes,
+                logprobs_mode="processed_logprobs",  # at the temperature; the default's are at 1
+                skip_tokenizer_init=True,  # tokens in, tokens out
+                enable_sleep_mode=self.cuda, enforce_eager=not self.cuda,
+            )
+        except (ValueError, RuntimeError, OSError) as error:
+            raise ModelError(f"engine is vllm: it does not start with model {model} ({_first_line(error)}): lower "
+                             "--max-response-tokens or --rollouts-per-batch if memory is short, or take --engine hf"
+                             ) from error
+        try:
+            generation = GenerationConfig.from_pretrained(model)
+        except OSError:  # the folder has none
+            generation = None
+        self.stop_tokens = stop_tokens(tokenizer, generation)
+        if weights == "policy":
+            self.sleep()
+
+    def wake(self, policy: torch.nn.Module) -> None:
+        """Take the policy's weights over, then make the key-value cache."""
+        if self.cuda:
+            self.llm.wake_up(tags=["weights"])
+        weights = policy_weights(policy, self.dtype)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.llm.reset_prefix_cache()  # it was computed with the old weights
+        if self.cuda:
+            self.llm.wake_up(tags=["kv_cache"])
+
+    def sleep(self) -> None:
+        """Free weights and cache; neither is kept, as the next `wake` brings all weights again."""
+        if self.cuda:
+            self.llm.sleep(level=2)
+
+    def close(self) -> None:
+        """End vLLM and free what it holds, so that another engine can start in this process."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> Iterator[tuple[int, list[Response]]]:
+        """Yield each prompt's number with its responses, those that finish first first."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        engine: Any = self.llm.llm_engine
+        torch.manual_seed(sampling.seed)  # all requests draw from it: a generator for each would be slow
+        for i, prompt in enumerate(prompts):
+            engine.add_request(str(i), {"prompt_token_ids": list(prompt)}, SamplingParams(
+                n=count, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
+                max_tokens=sampling.max_tokens, stop_token_ids=self.stop_tokens, logprobs=0, flat_logprobs=True,
+                detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+            ))  # fmt: skip
+        finished = reported = 0
+        try:
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    responses = [
+                        Response(list(o.token_ids), list(o.logprobs.logprobs),
+                                 "stop" if o.finish_reason == "stop" else "length")
+                        for o in output.outputs
+                    ]
+                    finished += sum(len(response.tokens) for response in responses)
+                    yield int(output.request_id), responses
+                running = engine.output_processor.request_states.values()
+                tokens = finished + sum(state.detokenizer.num_output_tokens() for state in running)
+                if on_tokens is not None:
+                    on_tokens(tokens - reported)
+                reported = tokens
+        finally:
+            engine.abort_request([str(i) for i in range(len(prompts))])  # what Ctrl-C has left
+
+
+def uses_vllm(settings: Common) -> bool:
+    """Tell whether responses come from vLLM: on a GPU if it is installed, unless the engine is named."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if settings.engine == "vllm" and not installed:
+        raise ModelError("engine is vllm: it is not installed; see the README, or take --engine hf")
+    auto = settings.engine == "auto" and installed and resolve_device(settings.device).type == "cuda"
+    return settings.engine == "vllm" or auto
+
+
+def policy_weights(policy: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield a policy's weights under their names in a checkpoint, tied ones too, each with its LoRA merged in."""
+    model = causal_lm(policy)
+    for name, weight in model.state_dict().items():
+        if ".lora_" in name:
+            continue
+        if name.endswith(".base_layer.weight"):
+            adapted = model.get_submodule(name.removesuffix(".base_layer.weight"))
+            weight = weight + adapted.get_delta_weight("default").detach().to(weight.dtype)  # type: ignore[operator]
+        yield name.replace(".base_layer.", "."), weight.to(dtype)
+
+
+def kv_cache_bytes(
+    config: PretrainedConfig, dtype: torch.dtype, device: torch.device, max_tokens: int, sequences: int
+) -> int:
+    """Give vLLM's key-value cache what all sequences need at their longest, at most what the device has left.
+
+    Raises: ModelError if not even one response fits.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    per_token = 2 * text.num_hidden_layers * heads * width * dtype.itemsize
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        left = free - 0.1 * total
+    else:
+        left = 0.25 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    block = 128  # tokens; vLLM rounds each sequence up to its block
+    if left < per_token * (max_tokens + block):
+        raise ModelError(
+            f"engine is vllm: the key-value cache of one response of {max_tokens} tokens with its prompt takes "
+            f"{per_token * max_tokens / 2**30:.1f} GiB, {max(0.0, left) / 2**30:.1f} are left: at most "
+            f"{max(0, int(left / per_token) - block)} tokens fit; lower --max-response-tokens")
+    return int(min(left, per_token * (max_tokens + block) * sequences))
+
+
 # ---------------------------------------------------------------- groups and their grades
 
 
 def sample_groups(
-    engine: Engine, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], group_size: int,
+    engine: Engine, tokenizer: PreTrainedTokenizerBase, pool: RewardPool, problems: Sequence[Problem], group_size: int,
     sampling: Sampling, on_tokens: Callable[[int], None] | None = None,
-) -> list[Group]:
-    """Draw `group_size` rollouts of every problem, not graded yet."""
-    prompts = [problem.prompt_tokens for problem in problems for _ in range(group_size)]
-    responses = engine.generate(prompts, sampling, on_tokens)
-    groups = []
-    for i, problem in enumerate(problems):
-        drawn = responses[i * group_size : (i + 1) * group_size]
-        groups.append(Group(problem, [_rollout(problem, response, tokenizer) for response in drawn]))
-    return groups
+) -> tuple[list[Group], list[Grading]]:
+    """Draw `group_size` rollouts of every problem. Each group's grading begins when it is finished, beside the others'.
+
+    Returns the groups in the order of the problems, and what `set_rewards` waits for.
+    """
+    groups: dict[int, Group] = {}
+    gradings = []
+    for i, responses in engine.generate([p.prompt_tokens for p in problems], group_size, sampling, on_tokens):
+        problem = problems[i]
+        groups[i] = Group(problem, [_rollout(problem, response, tokenizer) for response in responses])
+        for rollout in groups[i].rollouts:
+            gradings.append((rollout, pool.submit((rollout.text, problem.answers, rollout.truncated))))
+    return [groups[i] for i in range(len(problems))], gradings
 
 
 def _rollout(problem: Problem, response: Response, tokenizer: PreTrainedTokenizerBase) -> Rollout:
@@ -308,11 +491,13 @@ def _rollout(problem: Problem, response: Response, tokenizer: PreTrainedTokenize
     )
 
 
-def grade_groups(groups: Sequence[Group], pool: RewardPool) -> None:
-    """Set reward and reason of every rollout."""
-    rollouts = [(rollout, group.problem) for group in groups for rollout in group.rollouts]
-    grades = pool.grade([(rollout.text, problem.answers, rollout.truncated) for rollout, problem in rollouts])
-    for (rollout, _), grade in zip(rollouts, grades, strict=True):
+Grading = tuple[Rollout, "Future[Grade]"]
+
+
+def set_rewards(gradings: Sequence[Grading]) -> None:
+    """Set reward and reason of every rollout, once they are known."""
+    for rollout, grading in gradings:
+        grade = grading.result()
         rollout.reward, rollout.reason = grade.reward, grade.reason
 
 
@@ -412,8 +597,8 @@ def evaluate(
     sampling: Sampling, on_tokens: Callable[[int], None] | None = None,
 ) -> list[Measured]:
     """Sample and grade k rollouts per problem."""
-    groups = sample_groups(engine, tokenizer, problems, k, sampling, on_tokens)
-    grade_groups(groups, pool)
+    groups, gradings = sample_groups(engine, tokenizer, pool, problems, k, sampling, on_tokens)
+    set_rewards(gradings)
     return [Measured.of(group) for group in groups]
 
 
@@ -568,14 +753,13 @@ class Session:
     """Draws and grades rollouts for a command, into a file that a second call goes on with."""
 
     def __init__(self, options: Command, path: Path) -> None:
-        if options.engine == "vllm":
-            raise ModelError("engine is vllm: this version generates with the hf engine only; use --engine hf")
         self.options, self.path = options, path
-        self.device = resolve_device(options.device)
+        self.device, self.vllm = resolve_device(options.device), uses_vllm(options)
         self.model = toy_folder() if options.model == "toy" else options.model
         self.tokenizer = load_tokenizer(self.model, trust_remote_code=options.trust_remote_code)
         self.pool = reward_pool(options, self.tokenizer)
-        self._engines: dict[str, Engine] = {}
+        self._engines: dict[str, HFEngine | VLLMEngine] = {}
+        self._longest_prompt = 0
         self._done: dict[tuple[str, str], Measured] = {}
         try:
             for line in data.read_lines(path):
@@ -589,6 +773,7 @@ class Session:
         problems = encode_prompts(self.options, load_problems(self.options, source), self.tokenizer)
         if 0 < self.options.problems < len(problems):
             problems = data.hold_out(problems, self.options.problems, self.options.seed)[1]
+        self._longest_prompt = max(self._longest_prompt, *(len(problem.prompt_tokens) for problem in problems))
         return problems
 
     def measure(
@@ -612,16 +797,19 @@ class Session:
             if found is not None and (found.problem, found.answers) != (problem.text, problem.answers):
                 raise DataError(f"{self.path}: problem {problem.id} has changed in {source} since: give another --out")
         missing = [problem for problem in problems if (key, problem.id) not in self._done]
-        size = max(1, options.rollouts_per_batch // rollouts)
-        # The chunks are those of the whole list, so that an interrupted measurement draws the same responses.
+        # Continuous batching idles only at the end of a chunk, so vLLM's are longer. The chunks are those of the whole
+        # list, so that an interrupted measurement draws the same responses.
+        size = max(1, options.rollouts_per_batch * (8 if self.vllm else 1) // rollouts)
         chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
         chunks = [chunk for chunk in chunks if any((key, problem.id) not in self._done for problem in chunk)]
         with self._progress(f"{source}, T = {temperature:g}", len(missing)) as (on_problems, on_tokens):
             for chunk in chunks:
                 seed = random.Random(f"{options.seed}:{temperature}:{chunk[0].id}").getrandbits(63)
                 sampling = Sampling(temperature, options.max_response_tokens, seed, options.top_p, options.top_k)
-                groups = sample_groups(self._engine(yarn), self.tokenizer, chunk, rollouts, sampling, on_tokens)
-                grade_groups(groups, self.pool)
+                groups, gradings = sample_groups(
+                    self._engine(yarn), self.tokenizer, self.pool, chunk, rollouts, sampling, on_tokens
+                )
+                set_rewards(gradings)
                 fresh = [Measured.of(group, settings, keep_text) for group in groups]
                 fresh = [found for found in fresh if (key, found.id) not in self._done]
                 data.append_lines(self.path, [asdict(found) for found in fresh])
@@ -633,14 +821,18 @@ class Session:
         """Load the model when the first response is needed; another rope means another model."""
         name, options = _key(yarn), self.options
         if name not in self._engines:
+            for other in self._engines.values():
+                other.close()
             self._engines.clear()
-            rope = None if yarn is None else yarn_config(engine="hf", **yarn)
-            dtype = resolve_dtype(options, self.device)
-            model = load_model(self.model, dtype=dtype, device=self.device, rope=rope,
-                               trust_remote_code=options.trust_remote_code)
-            self._engines[name] = HFEngine(
-                model, self.tokenizer, rollouts_per_batch=options.rollouts_per_batch, dtype=dtype
-            )
+            rope = None if yarn is None else yarn_config(**yarn)
+            if self.vllm:
+                longest = self._longest_prompt + options.max_response_tokens
+                self._engines[name] = VLLMEngine(self.model, self.tokenizer, options, max_tokens=longest, rope=rope)
+            else:
+                dtype = resolve_dtype(options, self.device)
+                model = load_model(self.model, dtype=dtype, device=self.device, rope=rope,
+                                   trust_remote_code=options.trust_remote_code)
+                self._engines[name] = HFEngine(model, self.tokenizer, options)
         return self._engines[name]
 
     @contextlib.contextmanager

@@ -50,15 +50,15 @@ from transformers.utils import logging as transformers_logging
 import data
 from data import DataError, ProblemSampler, Sink
 from polaris_mini import (
-    PRESETS, Common, Config, Group, Problem, Rollout, Stage, advantages, difficulty_histogram, mastered,
+    PRESETS, Common, Config, Group, Problem, Rollout, Stage, advantages, difficulty_histogram, icepop_ratio, mastered,
     mean_and_interval, mean_distinct_n, pick_temperature, plateaued, policy_loss, rescue, substitute, temperature_grid,
     truncated_ratio,
 )
 from reward import RewardPool
 from rollout import (
-    Engine, Evaluation, HFEngine, Measure, ModelError, ProbeCurves, Sampling, autocast, causal_lm, encode_prompts,
-    evaluate, grade_groups, load_model, load_problems, load_tokenizer, resolve_device, resolve_dtype, reward_pool,
-    run_measure, sample_groups,
+    Engine, Evaluation, HFEngine, Measure, ModelError, ProbeCurves, Sampling, VLLMEngine, autocast, causal_lm,
+    encode_prompts, evaluate, load_model, load_problems, load_tokenizer, resolve_device, resolve_dtype, reward_pool,
+    run_measure, sample_groups, set_rewards, uses_vllm,
 )
 
 # ---------------------------------------------------------------------------- the loop
@@ -78,14 +78,19 @@ def train(setup: Setup, config: Config, run: Run, display: Display, interrupt: I
         # 1. ROLLOUT     G responses to each of P problems, at the stage's temperature
         problems = state.sampler.peek(config.prompts_per_step)
         sampling = Sampling(state.temperature, stage.max_response_tokens, seed=rng.getrandbits(63))
+        with clock("sync"):
+            setup.engine.wake(setup.policy)
         with interrupt.may_drop_step(), clock("rollout"), display.phase("rollout") as on_tokens:
-            groups = sample_groups(setup.engine, setup.tokenizer, problems, config.group_size, sampling, on_tokens)
+            groups, gradings = sample_groups(
+                setup.engine, setup.tokenizer, setup.pool, problems, config.group_size, sampling, on_tokens
+            )
+        setup.engine.sleep()
         if interrupt.requested:
             break
 
-        # 2. REWARD      1 if the boxed answer is right, else 0; the raw scores are logged now
+        # 2. REWARD      1 if the boxed answer is right, else 0, graded since each group ended; raw scores are logged
         with clock("reward"), display.phase("reward"):
-            grade_groups(groups, setup.pool)
+            set_rewards(gradings)
             run.log_rollouts(state.step + 1, groups)
 
         # 3. RESCUE      a group without a correct rollout borrows one that its problem once had
@@ -103,8 +108,6 @@ def train(setup: Setup, config: Config, run: Run, display: Display, interrupt: I
         # 6. UPDATE      clipped policy gradient, one token mean over the whole batch
         with clock("update"), display.phase("update"):
             update = update_policy(setup.policy, setup.optimizer, batch, state.temperature, config)
-        with clock("sync"):
-            setup.engine.sync(setup.policy)
 
         # 7. LOG, EVAL, SAVE
         state.sampler.advance(config.prompts_per_step)
@@ -174,8 +177,10 @@ def enter_stage(setup: Setup, config: Config, run: Run, display: Display, interr
                      + (f"leave, {len(state.sampler)} stay" if left else "stay: too few would be left for a batch"))
     stage = config.stages[state.stage - 1]
     if len(state.temperatures) < state.stage:
+        setup.engine.wake(setup.policy)
         with interrupt.may_drop_step(), display.phase("temperature probe") as on_tokens:
             state.temperatures.append(choose_temperature(setup, config, run, display, stage, on_tokens))
+        setup.engine.sleep()
     return None if interrupt.requested else stage
 
 
@@ -254,10 +259,12 @@ def evaluate_policy(
     longest = max(stage.max_response_tokens for stage in config.stages)
     sampling = Sampling(temperature, longest, seed=config.seed)  # the same draws each time: less noise in a difference
     result: Evaluation | None = None
+    setup.engine.wake(setup.policy)
     with interrupt.may_drop_step(), display.phase("evaluation") as on_tokens:
         result = Evaluation.of(evaluate(
             setup.engine, setup.tokenizer, setup.pool, setup.eval_problems, config.eval_rollouts, sampling, on_tokens
         ))
+    setup.engine.sleep()
     if result is None:
         return {}
     run.log_evaluation(setup.state.step, result)
@@ -275,6 +282,8 @@ class Update:
     entropy: float | None = None
     clip_fraction: float | None = None
     mismatch_kl: float | None = None
+    ratio_mean: float | None = None
+    ratio_cut: float | None = None
     ratio_max: float | None = None
     grad_norm: float | None = None
     tokens: int = 0
@@ -311,6 +320,10 @@ def update_policy(
                 for row in rows:
                     row.old_logprobs = token_logprobs(policy, row, temperature, config)[0]
 
+    auto = "tis" if uses_vllm(config) else "ignore"
+    kind = auto if config.mismatch == "auto" else config.mismatch
+    corrections: dict[str, Callable[..., torch.Tensor]] = {"tis": truncated_ratio, "icepop": icepop_ratio}
+    correction = corrections.get(kind)  # None: ignore
     sums: dict[str, float] = defaultdict(float)
     ratio_max, grad_norms = 0.0, []
     for rows, tokens in packed:
@@ -322,6 +335,11 @@ def update_policy(
                 clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
             )  # (M,), (M,)
             weights = row.weights
+            if correction is not None:
+                ratio = correction(old_logprobs, row.sampler_logprobs)
+                weights = weights.where(row.rescued, weights * ratio)
+                unchanged = ratio == (old_logprobs - row.sampler_logprobs).exp()
+                sums["cut"] += (~unchanged & ~row.rescued).sum().item()
             if config.rescue_ratio == "stored" and row.rescued.any():
                 weights = weights.where(~row.rescued, weights * truncated_ratio(old_logprobs, row.sampler_logprobs))
             row_loss = (loss * weights).sum() / tokens
@@ -334,6 +352,7 @@ def update_policy(
             sums["entropy"] += entropy.sum().item()
             sums["clipped"] += clipped.sum().item()
             sums["kl"] += (difference.exp() - 1 - difference).sum().item()
+            sums["ratio"] += difference.exp().sum().item()
             ratio_max = max(ratio_max, difference.exp().max().item() if len(difference) else 0.0)
         grad_norms.append(apply_gradient(policy, optimizer, config.max_grad_norm))
     return Update(
@@ -341,6 +360,8 @@ def update_policy(
         entropy=sums["entropy"] / sums["tokens"],
         clip_fraction=sums["clipped"] / sums["tokens"],
         mismatch_kl=sums["kl"] / max(sums["sampled"], 1),
+        ratio_mean=sums["ratio"] / max(sums["sampled"], 1),
+        ratio_cut=sums["cut"] / max(sums["sampled"], 1),
         ratio_max=ratio_max,
         grad_norm=sum(grad_norms) / len(grad_norms),
         tokens=(forwarded := sum(row.input_ids.numel() for rows, _ in packed for row in rows)),
@@ -527,9 +548,7 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 def set_up(config: Config, run: Run, display: Display) -> Setup:
     """Load and check everything, cheapest first, so that bad input ends before it costs time."""
-    if config.engine == "vllm":
-        raise ModelError("engine is vllm: this version generates with the hf engine only; use --engine hf")
-    device = resolve_device(config.device)
+    device, vllm = resolve_device(config.device), uses_vllm(config)
     training, evaluation = load_data(config)
     warmup = data.load_worked_examples(config.warmup) if config.warmup else []
     toy = config.model == "toy"
@@ -556,10 +575,14 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
     run.start(config, state.step, training)
     display.note(
         f"{config.model} on {device}, {sum(p.numel() for p in policy.parameters() if p.requires_grad):,} trained "
-        f"parameters; {len(training):,} training and {len(evaluation):,} held-out problems; run folder {run.folder}"
+        f"parameters; {len(training):,} training and {len(evaluation):,} held-out problems; "
+        f"engine {'vllm' if vllm else 'hf'}; run folder {run.folder}"
     )
-    engine = HFEngine(policy, tokenizer, rollouts_per_batch=config.rollouts_per_batch,
-                      dtype=resolve_dtype(config, device))
+    engine: Engine = HFEngine(policy, tokenizer, config)
+    if vllm:
+        longest = max(len(problem.prompt_tokens) for problem in [*training, *evaluation]) + max(
+            stage.max_response_tokens for stage in config.stages)
+        engine = VLLMEngine(str(source), tokenizer, config, max_tokens=longest, weights="policy")
     setup = Setup(tokenizer, policy, optimizer, engine, reward_pool(config, tokenizer), evaluation, state)
     if warmup and checkpoint is None:
         display.note(f"warm start: {config.warmup_steps} supervised steps on {len(warmup)} worked examples")
@@ -972,7 +995,9 @@ def step_metrics(
         "policy/loss": update.loss,
         "policy/clip_fraction": update.clip_fraction,
         "mismatch/kl": update.mismatch_kl,
+        "mismatch/ratio_mean": update.ratio_mean,
         "mismatch/ratio_max": update.ratio_max,
+        "mismatch/cut": update.ratio_cut,
         "optim/grad_norm": update.grad_norm,
         "optim/lr": config.lr,
         "time/rollout": clock.seconds["rollout"],
@@ -1451,7 +1476,7 @@ def run_training(config: Config, display: Display) -> tuple[Run, bool]:
     run = Run(run_folder(config))
     setup = set_up(config, run, display)
     interrupt = Interrupt()
-    with setup.pool:
+    with setup.pool, contextlib.closing(setup.engine):
         train(setup, config, run, display, interrupt)
     return run, interrupt.requested
 

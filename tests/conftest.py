@@ -22,14 +22,15 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "n
          "bos_token_id": None, "vocab_size": 50}
 
 
-def tiny_model(kind: str, *, tied: bool, seed: int = 0) -> PreTrainedModel:
+def tiny_model(kind: str, *, tied: bool, seed: int = 0, head_dim: int = 8) -> PreTrainedModel:
     torch.manual_seed(seed)
     config_class, model_class = {
         "qwen3": (Qwen3Config, Qwen3ForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "llama": (LlamaConfig, LlamaForCausalLM),
     }[kind]
-    extra = {"head_dim": 8} if kind == "qwen3" else {}
-    model = model_class(config_class(tie_word_embeddings=tied, **SIZES, **extra))
+    sizes = {**SIZES, "hidden_size": 4 * head_dim}
+    extra = {"head_dim": head_dim} if kind == "qwen3" else {}
+    model = model_class(config_class(tie_word_embeddings=tied, **sizes, **extra))
     model.set_attn_implementation("packed")
     for parameter in model.parameters():  # far from the flat start, so that probabilities and norms matter
         parameter.data += 0.1 * torch.randn_like(parameter)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import data
 import train
 from polaris_mini import PRESETS, advantages
-from rollout import HFEngine, Sampling, encode_prompts, grade_groups, reward_pool, sample_groups
+from rollout import HFEngine, Sampling, encode_prompts, reward_pool, sample_groups, set_rewards
 
 SMALL = ["--warmup-steps", "30", "--prompts-per-step", "8", "--group-size", "4", "--eval-problems", "8",
          "--eval-rollouts", "2", "--eval-every", "2", "--checkpoint-every", "2"]
@@ -39,14 +39,14 @@ def test_with_all_mechanisms_off_training_is_plain_grpo_to_the_bit(environment, 
     policy = train.load_policy(config, str(start), None, torch.device("cpu"))
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     optimizer = train.make_optimizer(policy, config)
-    engine = HFEngine(policy, tokenizer, rollouts_per_batch=config.rollouts_per_batch)
+    engine = HFEngine(policy, tokenizer, config)
     sampler = data.ProblemSampler(problems, config.seed)
     with reward_pool(config, tokenizer) as pool:
         for step in range(4):
             seed = random.Random(f"{config.seed}:{step}").getrandbits(63)
-            groups = sample_groups(engine, tokenizer, sampler.peek(8), 4, Sampling(1.0, 40, seed))
+            groups, gradings = sample_groups(engine, tokenizer, pool, sampler.peek(8), 4, Sampling(1.0, 40, seed))
             sampler.advance(8)
-            grade_groups(groups, pool)
+            set_rewards(gradings)
             for group in groups:
                 values = advantages([rollout.reward for rollout in group.rollouts])
                 for rollout, value in zip(group.rollouts, values, strict=True):

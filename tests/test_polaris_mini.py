@@ -338,33 +338,30 @@ def test_temperature_grid_refuses(text):
 # ------------------------------------------------------------------------ yarn
 
 
-def vllm_scale(rope: dict) -> float:
-    """What vLLM multiplies cos and sin by (YaRNScalingRotaryEmbedding.mscale)."""
-    return (0.1 * math.log(rope["factor"]) + 1) * rope.get("attn_factor", 1.0)
-
-
 @pytest.mark.parametrize("scale", [1.0, 1.0405, 0.5])
 @pytest.mark.parametrize("factor", [1.5, 4.0])
-def test_yarn_has_the_same_attention_scale_in_both_engines(factor, scale):
+def test_yarn_sets_the_attention_scale_of_transformers(factor, scale):
+    """For vLLM, tests/test_vllm.py compares the two engines' log-probs."""
     from transformers import Qwen3Config
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    hf = yarn_config(factor, 40960, engine="hf", attention_scale=scale)
-    vllm = yarn_config(factor, 40960, engine="vllm", attention_scale=scale)
-    model = Qwen3Config(max_position_embeddings=round(40960 * factor), rope_parameters={**hf, "rope_theta": 1e6})
-    _, hf_scale = ROPE_INIT_FUNCTIONS["yarn"](model, torch.device("cpu"))
-    assert hf_scale == pytest.approx(scale)
-    assert vllm_scale(vllm) == pytest.approx(scale)
-    for rope in (hf, vllm):
-        assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("yarn", factor, 40960)
+    rope = yarn_config(factor, 40960, attention_scale=scale)
+    assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("yarn", factor, 40960)
+    model = Qwen3Config(max_position_embeddings=round(40960 * factor), rope_parameters={**rope, "rope_theta": 1e6})
+    _, found = ROPE_INIT_FUNCTIONS["yarn"](model, torch.device("cpu"))
+    assert found == pytest.approx(scale)
 
 
-def test_yarn_of_the_blog_is_not_neutral_in_vllm():
-    """Source: blog, attn_factor 1.0 and factor 1.5 to switch attention scaling off; vLLM makes 1.0405 of it."""
-    assert vllm_scale({"rope_type": "yarn", "factor": 1.5, "attn_factor": 1.0}) == pytest.approx(1.0405, abs=1e-4)
-    assert yarn_config(1.5, 65536, engine="vllm")["attn_factor"] == pytest.approx(0.9610, abs=1e-4)
-    as_blog = yarn_config(1.5, 65536, engine="vllm", attention_scale=1.0405)
-    assert as_blog["attn_factor"] == pytest.approx(1.0, abs=1e-4)
+def test_yarn_of_the_release_leaves_attention_scaling_on():
+    """Source: blog, attn_factor 1.0 at factor 1.5 was to switch it off; its neutral value was 0.9610."""
+    from transformers import Qwen3Config
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    released = {"attn_factor": 1.0, "factor": 1.5, "rope_type": "yarn", "original_max_position_embeddings": 65536}
+    model = Qwen3Config(max_position_embeddings=98304, rope_parameters={**released, "rope_theta": 1e6})
+    _, found = ROPE_INIT_FUNCTIONS["yarn"](model, torch.device("cpu"))
+    assert found == pytest.approx(1.0405, abs=1e-4)
+    assert 1 / found == pytest.approx(0.9610, abs=1e-4)
 
 
 # -------------------------------------------------------------------- measures

@@ -289,7 +289,6 @@ def test_hostile_answers_end_and_earn_nothing(tmp_path: Path, monkeypatch: pytes
         assert pool.grade([(boxed("x+1"), "1+x", False)]) == [Grade(1.0, "correct")]
     assert [g.reward for g in grades] == [0.0] * len(HOSTILE)
     assert grades[0].reason == "timeout"
-    assert pool.timeouts == sum(g.reason == "timeout" for g in grades)
     assert time.monotonic() - started < 60
     assert list(tmp_path.iterdir()) == []
 
@@ -328,7 +327,6 @@ def test_a_killed_worker_loses_only_its_own_grade() -> None:
         grades = pool.grade(items)  # the worker has long reached the tower when it is killed
         killer.join()
     assert [g.reason for g in grades] == ["correct"] * 10 + ["timeout"] + ["correct"] * 19
-    assert pool.timeouts == 1
 
 
 def test_a_worker_killed_while_idle_costs_nothing() -> None:
@@ -338,7 +336,6 @@ def test_a_worker_killed_while_idle_costs_nothing() -> None:
         os.kill(pool._running[0].pid, signal.SIGKILL)
         pool._running[0].wait()
         assert pool.grade([item, item]) == [Grade(1.0, "correct")] * 2
-        assert pool.timeouts == 0
 
 
 def test_a_worker_that_cannot_start_is_an_error() -> None:

@@ -11,8 +11,8 @@ import data
 from polaris_mini import Config, Problem, Rollout
 from reward import RewardPool
 from rollout import (
-    Evaluation, HFEngine, ModelError, Sampling, causal_lm, evaluate, grade_groups, load_model, load_tokenizer,
-    sample_groups,
+    Evaluation, HFEngine, ModelError, Response, Sampling, causal_lm, evaluate, load_model, load_tokenizer,
+    sample_groups, set_rewards,
 )
 from train import pack, token_logprobs
 
@@ -21,7 +21,13 @@ EOS = TOKENIZER.eos_token_id
 
 
 def engine(kind: str = "qwen3", rollouts_per_batch: int = 64) -> HFEngine:
-    return HFEngine(tiny_model(kind, tied=True), TOKENIZER, rollouts_per_batch=rollouts_per_batch)
+    return HFEngine(tiny_model(kind, tied=True), TOKENIZER, Config(rollouts_per_batch=rollouts_per_batch))
+
+
+def draw(e, prompts_, sampling, on_tokens=None):
+    """One response to each prompt, in order."""
+    drawn = dict(e.generate(prompts_, 1, sampling, on_tokens))
+    return [drawn[i][0] for i in range(len(prompts_))]
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -34,7 +40,7 @@ def prompts(count: int) -> list[list[int]]:
 def test_sampler_logprobs_are_the_trainers(kind, temperature):
     """Padding, the cache, rows that leave the batch and packing: none of them changes a log-prob."""
     e = engine(kind, rollouts_per_batch=16)
-    responses = e.generate(prompts(40), Sampling(temperature, 30, seed=1))
+    responses = draw(e, prompts(40), Sampling(temperature, 30, seed=1))
     assert {r.finish_reason for r in responses} == {"stop", "length"}
     rollouts = [
         Rollout("p", prompt, r.tokens, r.sampler_logprobs, "", r.finish_reason)
@@ -47,7 +53,7 @@ def test_sampler_logprobs_are_the_trainers(kind, temperature):
 
 
 def test_responses_end_at_the_stop_token_or_the_limit():
-    for response in engine().generate(prompts(60), Sampling(1.0, 20, seed=0)):
+    for response in draw(engine(), prompts(60), Sampling(1.0, 20, seed=0)):
         assert len(response.tokens) == len(response.sampler_logprobs) <= 20
         assert EOS not in response.tokens[:-1]
         assert (response.tokens[-1] == EOS) == (response.finish_reason == "stop")
@@ -57,23 +63,23 @@ def test_responses_end_at_the_stop_token_or_the_limit():
 def test_every_stop_token_of_the_generation_config_ends_a_response():
     e = engine()
     e.policy.generation_config.eos_token_id = list(range(4, 50))
-    e = HFEngine(e.policy, TOKENIZER, rollouts_per_batch=8)
-    assert max(len(r.tokens) for r in e.generate(prompts(20), Sampling(1.0, 50, seed=0))) < 15
+    e = HFEngine(e.policy, TOKENIZER, Config(rollouts_per_batch=8))
+    assert max(len(r.tokens) for r in draw(e, prompts(20), Sampling(1.0, 50, seed=0))) < 15
 
 
 def test_a_seed_repeats_and_another_does_not():
     e = engine()
-    first = e.generate(prompts(10), Sampling(1.0, 20, seed=3))
+    first = draw(e, prompts(10), Sampling(1.0, 20, seed=3))
     torch.rand(7)  # the global random state plays no part
-    assert e.generate(prompts(10), Sampling(1.0, 20, seed=3)) == first
-    assert e.generate(prompts(10), Sampling(1.0, 20, seed=4)) != first
+    assert draw(e, prompts(10), Sampling(1.0, 20, seed=3)) == first
+    assert draw(e, prompts(10), Sampling(1.0, 20, seed=4)) != first
 
 
 def test_samples_follow_the_models_distribution():
     """4,000 first tokens against the probabilities at T = 1.4."""
     e = engine(rollouts_per_batch=4000)
     prompt = [5, 9, 11]
-    drawn = torch.tensor([r.tokens[0] for r in e.generate([prompt] * 4000, Sampling(1.4, 1, seed=0))])
+    drawn = torch.tensor([r.tokens[0] for r in draw(e, [prompt] * 4000, Sampling(1.4, 1, seed=0))])
     model = causal_lm(e.policy)
     model.set_attn_implementation("sdpa")
     expected = (model(input_ids=torch.tensor([prompt])).logits[0, -1] / 1.4).softmax(-1)
@@ -90,20 +96,20 @@ def test_top_k_and_top_p_keep_the_most_likely_tokens():
     order = probabilities.argsort(descending=True).tolist()
     enough = int((probabilities[order].cumsum(0) < 0.5).sum()) + 1  # the smallest set that holds half of the mass
     for sampling, allowed in ((Sampling(1.0, 1, 0, top_k=3), 3), (Sampling(1.0, 1, 0, top_p=0.5), enough)):
-        drawn = {r.tokens[0] for r in e.generate([prompt] * 500, sampling)}
+        drawn = {r.tokens[0] for r in draw(e, [prompt] * 500, sampling)}
         assert drawn == set(order[:allowed])
 
 
 def test_tokens_are_reported_as_they_come():
     seen: list[int] = []
-    responses = engine(rollouts_per_batch=8).generate(prompts(20), Sampling(1.0, 15, seed=0), seen.append)
+    responses = draw(engine(rollouts_per_batch=8), prompts(20), Sampling(1.0, 15, seed=0), seen.append)
     assert sum(seen) == sum(len(r.tokens) for r in responses)
 
 
 def test_generation_leaves_the_policy_ready_to_train():
     e = engine()
     e.policy.train()
-    e.generate(prompts(3), Sampling(1.0, 5, seed=0))
+    draw(e, prompts(3), Sampling(1.0, 5, seed=0))
     assert e.policy.training
     assert causal_lm(e.policy).config._attn_implementation == "packed"
 
@@ -112,27 +118,19 @@ def test_groups_are_graded_and_evaluated():
     problems = data.encode_prompts(data.toy_problems(6, seed=0), TOKENIZER, suffix="", max_prompt_tokens=64)
 
     class Scripted:
-        """Answers every problem, in half of its rollouts rightly."""
+        """Answers every problem, the last one first, in half of its rollouts rightly."""
 
-        def sync(self, policy):
-            pass
-
-        def generate(self, prompts_, sampling, on_tokens=None):
-            from rollout import Response
-
-            responses = []
-            for i, prompt in enumerate(prompts_):
-                problem = next(p for p in problems if p.prompt_tokens == tuple(prompt))
-                text = data.toy_response(problem, None)
-                text = text if i % 2 else text.replace("boxed{", "boxed{9")
-                tokens = [*TOKENIZER(text, add_special_tokens=False)["input_ids"], EOS]
-                responses.append(Response(tokens, [0.0] * len(tokens), "stop"))
-            return responses
+        def generate(self, prompts_, count, sampling, on_tokens=None):
+            for i in reversed(range(len(prompts_))):
+                text = data.toy_response(problems[i], None)
+                texts = [text if j % 2 else text.replace("boxed{", "boxed{9") for j in range(count)]
+                tokens = [[*TOKENIZER(text, add_special_tokens=False)["input_ids"], EOS] for text in texts]
+                yield i, [Response(t, [0.0] * len(t), "stop") for t in tokens]
 
     with RewardPool(require_think=True) as pool:
-        groups = sample_groups(Scripted(), TOKENIZER, problems, 4, Sampling(1.0, 96, 0))
-        grade_groups(groups, pool)
-        assert [r.reason for r in groups[0].rollouts] == ["wrong", "correct"] * 2
+        groups, gradings = sample_groups(Scripted(), TOKENIZER, pool, problems, 4, Sampling(1.0, 96, 0))
+        set_rewards(gradings)
+        assert all([r.reason for r in g.rollouts] == ["wrong", "correct"] * 2 for g in groups)
         assert [g.problem for g in groups] == problems
         result = Evaluation.of(evaluate(Scripted(), TOKENIZER, pool, problems, 4, Sampling(1.0, 96, 0)))
     assert (result.avg_at_k, result.pass_at_k[-1], result.truncated, result.problems) == (0.5, 1.0, 0.0, 6)

@@ -405,8 +405,8 @@ def test_yarn_stretches_the_low_frequencies_only(tmp_path: Path, factor: float, 
         return rollout.load_model(str(tmp_path), dtype=torch.float32, device=torch.device("cpu"), rope=rope)
 
     base = config.rope_parameters["rope_theta"]
-    plain, off = load(None), load(yarn_config(1.0, 4096, engine="hf"))
-    stretched = load(yarn_config(factor, 4096, engine="hf", attention_scale=scale))
+    plain, off = load(None), load(yarn_config(1.0, 4096))
+    stretched = load(yarn_config(factor, 4096, attention_scale=scale))
     was, found = (m.model.rotary_emb.inv_freq for m in (plain, stretched))
     torch.testing.assert_close(found, torch.tensor(frequencies(64, base, factor, 4096)), rtol=1e-5, atol=0)
     torch.testing.assert_close(was, torch.tensor(frequencies(64, base, 1.0, 4096)), rtol=1e-5, atol=0)
@@ -420,15 +420,6 @@ def test_yarn_stretches_the_low_frequencies_only(tmp_path: Path, factor: float, 
     torch.testing.assert_close(same, logits, rtol=0, atol=1e-6)
     assert (other - logits).abs().max() > 1e-4
     assert (other - logits)[0, 0].abs().max() < (1e-6 if scale == 1.0 else 1)  # position 0 is not rotated
-
-
-def test_both_engines_scale_attention_alike():
-    """vLLM multiplies its attn_factor by 0.1 ln(factor) + 1; transformers takes attention_factor as it is."""
-    for factor, scale in ((1.5, 1.0), (1.5, 1.0405), (4.0, 1.0)):
-        there = yarn_config(factor, 4096, engine="vllm", attention_scale=scale)["attn_factor"]
-        here = yarn_config(factor, 4096, engine="hf", attention_scale=scale)["attention_factor"]
-        assert there * (0.1 * math.log(factor) + 1) == pytest.approx(here) == scale
-    assert yarn_config(1.5, 4096, engine="vllm")["attn_factor"] == pytest.approx(0.9610, abs=1e-4)
 
 
 # ------------------------------------------------------------------------------ mistakes
