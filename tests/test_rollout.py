@@ -12,7 +12,7 @@ from polaris_mini import Config, Problem, Rollout
 from reward import RewardPool
 from rollout import (
     Evaluation, HFEngine, ModelError, Response, Sampling, causal_lm, evaluate, load_model, load_tokenizer,
-    sample_groups, set_rewards,
+    sample_groups, set_rewards, uses_vllm,
 )
 from train import pack, token_logprobs
 
@@ -153,3 +153,10 @@ def test_problem_text_survives_the_round_trip_to_tokens():
     problem = Problem("x", "3 + 4", ("7",))
     (encoded,) = data.encode_prompts([problem], TOKENIZER, suffix="", max_prompt_tokens=64)
     assert TOKENIZER.decode(encoded.prompt_tokens) == "<|user|>3 + 4<|end|><|assistant|><think>"
+
+
+def test_vllm_that_is_not_installed_is_an_error_only_if_asked_for(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not uses_vllm(Config())
+    with pytest.raises(ModelError, match="engine is vllm: it is not installed"):
+        uses_vllm(Config(engine="vllm"))

@@ -432,7 +432,6 @@ def test_yarn_stretches_the_low_frequencies_only(tmp_path: Path, factor: float, 
     (["eval", "--model", "MODEL", "--data", "nothing"], "'nothing' is neither a file nor the name of a hub data set"),
     (["probe", "--model", "MODEL", "--temperatures", "1:0.2:0.2"], "temperatures is 1:0.2:0.2: give START:END:STEP"),
     (["probe", "--model", "MODEL", "--temperatures", "0.6,warm"], "temperatures is 0.6,warm: give START:END:STEP"),
-    (["measure", "--model", "MODEL", "--engine", "vllm"], "engine is vllm: this version generates with the hf engine"),
     (["measure", "--model", "MODEL", "--out", "."], "Is a directory"),  # as the operating system says it
 ])  # fmt: skip
 def test_mistakes_end_with_one_line_and_code_2(

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import runpy
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,8 @@ METRICS = [
     "step", "stage", "reward/mean", "reward/solve_none", "reward/solve_all", "batch/informative", "batch/rescued",
     "batch/substituted", "response/tokens_mean", "response/tokens_max", "response/truncated", "sampling/temperature",
     "diversity/distinct_4", "diversity/distinct_4_fixed", "policy/entropy", "policy/loss", "policy/clip_fraction",
-    "mismatch/kl", "mismatch/ratio_max", "optim/grad_norm", "optim/lr", "time/rollout", "time/reward",
+    "mismatch/kl", "mismatch/ratio_mean", "mismatch/ratio_max", "mismatch/cut",
+    "optim/grad_norm", "optim/lr", "time/rollout", "time/reward",
     "time/update", "time/sync", "time/step",
     "tokens/rollout", "tokens/per_second", "tokens/update", "tokens/update_saved",
     "memory/peak_gib",
@@ -363,7 +365,6 @@ def test_parquet_in_verl_layout_trains(base_model, run_train, tmp_path):
         (["--model", "MODEL", "--data", "SUMS", "--eval-problems", "8"], "prompts_per_step is 128, but there are 52"),
         (["--model", "MODEL", "--data", "SUMS", "--prompts-per-step", "8", "--eval-problems", "8",
           "--max-prompt-tokens", "3"], "--max-prompt-tokens"),
-        (["--engine", "vllm"], "engine is vllm"),
         (["--device", "cuda:99x"], "device is cuda:99x"),
         (["--data", "FOLDER/words.jsonl", "--eval-problems", "1"], "the toy model reads sums only"),
         (["--device", "mps"], "only cpu and cuda are supported"),
@@ -379,7 +380,8 @@ def test_parquet_in_verl_layout_trains(base_model, run_train, tmp_path):
         (["--run-dir", "FOLDER"], "it exists already; go on with --resume"),
     ],
 )
-def test_bad_input_ends_in_one_line(options, expected, base_model, sums, finished, run_train, tmp_path):
+def test_bad_input_ends_in_one_line(options, expected, base_model, sums, finished, tmp_path, monkeypatch, capsys):
+    """`python train.py ...`, in this process: importing torch again for each would take minutes."""
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "words.jsonl").write_text('{"problem": "1 + 1", "answer": "2"}\n{"problem": "Two?", "answer": "2"}\n')
     (tmp_path / "broken.jsonl").write_text('{"problem": "1 + 1", "answer": "2"}\n{"problem": \n')
@@ -393,9 +395,17 @@ def test_bad_input_ends_in_one_line(options, expected, base_model, sums, finishe
         filled.append(option)
     before = sorted(tmp_path.iterdir())
     run_dir = [] if "--run-dir" in options or "FINISHED" in options else ["--run-dir", str(tmp_path / "run")]
-    result = run_train(*filled, *run_dir)
-    shown = " ".join(result.stderr.replace("│", " ").split())  # tyro draws a box and wraps lines
-    assert result.returncode == 2, result.stderr
+    monkeypatch.setattr(sys, "argv", ["train.py", *filled, *run_dir])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())  # tyro draws a box and wraps lines
+    assert ended.value.code == 2, shown
     assert expected in shown
-    assert "Traceback" not in result.stderr
     assert sorted(tmp_path.iterdir()) == before  # a corrected command may use the same --run-dir
+
+
+def test_bad_input_in_a_process_of_its_own(run_train):
+    result = run_train("--group-size", "1")
+    assert result.returncode == 2
+    assert "group_size is 1" in result.stderr
+    assert "Traceback" not in result.stderr
