@@ -561,7 +561,7 @@ class Sink(MutableMapping[str, Rollout]):
     def __init__(self, path: Path | None) -> None:
         self._pending: dict[str, Rollout] = {}
         try:
-            self._database = sqlite3.connect(path or ":memory:")
+            self._database = sqlite3.connect(path or ":memory:", check_same_thread=False)  # a hang is saved by another thread
             self._database.execute(
                 "CREATE TABLE IF NOT EXISTS rollouts (problem_id TEXT, step INTEGER, prompt_tokens BLOB, "
                 "response_tokens BLOB, sampler_logprobs BLOB, text BLOB, finish_reason TEXT, reward REAL, reason BLOB, "

@@ -129,6 +129,8 @@ class Common:
     installed, else hf."""
     rollouts_per_batch: int = 256
     """Responses that are generated side by side: memory and speed. Another number draws other responses."""
+    engine_timeout: float = 600.0
+    """Seconds without a new token after which vLLM counts as hung, and the process saves what it has and ends."""
     require_think: bool = True
     """With a model whose chat template knows <think>, grade only what follows </think>. Source: release."""
     reward_workers: int = 2
@@ -139,7 +141,8 @@ class Common:
     def __post_init__(self) -> None:
         for name in ("max_prompt_tokens", "rollouts_per_batch", "reward_workers"):
             _need(self, getattr(self, name) >= 1, name, "give at least 1")
-        _need(self, 0 < self.reward_timeout < math.inf, "reward_timeout", "give a value above 0")
+        for name in ("reward_timeout", "engine_timeout"):
+            _need(self, 0 < getattr(self, name) < math.inf, name, "give a value above 0")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ import os
 import random
 import statistics
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -48,6 +50,10 @@ from reward import Grade, RewardPool, check_answer
 
 class ModelError(ValueError):
     """A model or tokenizer that cannot be used; the message names the cause and the fix."""
+
+
+class EngineError(ModelError):
+    """An engine that failed while it generated. The policy is as it was before the step."""
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -332,6 +338,8 @@ class VLLMEngine:
             text = config.get_text_config()
             overrides = {"rope_parameters": {**text.rope_parameters, **rope}, "max_position_embeddings": positions}
         cache_bytes = kv_cache_bytes(config, dtype, device, max_tokens, settings.rollouts_per_batch)
+        self.time_limit = settings.engine_timeout
+        self.on_hang: Callable[[], None] = lambda: None
         try:
             self.llm = LLM(
                 model=model, dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
@@ -394,22 +402,53 @@ class VLLMEngine:
             ))  # fmt: skip
         finished = reported = 0
         try:
-            while engine.has_unfinished_requests():
-                for output in engine.step():
-                    responses = [
-                        Response(list(o.token_ids), list(o.logprobs.logprobs),
-                                 "stop" if o.finish_reason == "stop" else "length")
-                        for o in output.outputs
-                    ]
-                    finished += sum(len(response.tokens) for response in responses)
-                    yield int(output.request_id), responses
-                running = engine.output_processor.request_states.values()
-                tokens = finished + sum(state.detokenizer.num_output_tokens() for state in running)
-                if on_tokens is not None:
-                    on_tokens(tokens - reported)
-                reported = tokens
+            with self._watched() as alive:
+                while engine.has_unfinished_requests():
+                    outputs = engine.step()
+                    alive()
+                    for output in outputs:
+                        responses = [
+                            Response(list(o.token_ids), list(o.logprobs.logprobs),
+                                     "stop" if o.finish_reason == "stop" else "length")
+                            for o in output.outputs
+                        ]
+                        finished += sum(len(response.tokens) for response in responses)
+                        yield int(output.request_id), responses
+                    running = engine.output_processor.request_states.values()
+                    tokens = finished + sum(state.detokenizer.num_output_tokens() for state in running)
+                    if on_tokens is not None:
+                        on_tokens(tokens - reported)
+                    reported = tokens
+        except RuntimeError as error:  # out of memory is one, a dead engine another
+            raise EngineError(f"engine is vllm: it failed while it generated ({_first_line(error)}): lower "
+                              "--rollouts-per-batch if memory is short, or take --engine hf") from error
         finally:
             engine.abort_request([str(i) for i in range(len(prompts))])  # what Ctrl-C has left
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[Callable[[], None]]:
+        """End the process if what is yielded is not called for `time_limit` seconds: a hang cannot be interrupted."""
+        done, last = threading.Event(), time.monotonic()
+
+        def alive() -> None:
+            nonlocal last
+            last = time.monotonic()
+
+        def watch() -> None:
+            while not done.wait(self.time_limit / 10):
+                if time.monotonic() - last > self.time_limit:
+                    print(f"error: engine is vllm: no new token for {self.time_limit:g} s, it hangs: raise "
+                          "--engine-timeout if that is too short, or take --engine hf", file=sys.stderr, flush=True)
+                    try:
+                        self.on_hang()
+                    finally:
+                        os._exit(2)
+
+        threading.Thread(target=watch, daemon=True).start()
+        try:
+            yield alive
+        finally:
+            done.set()
 
 
 def uses_vllm(settings: Common) -> bool:
@@ -445,8 +484,10 @@ def kv_cache_bytes(
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     per_token = 2 * text.num_hidden_layers * heads * width * dtype.itemsize
     if device.type == "cuda":
+        with torch.device("meta"):  # no memory: only to count
+            weights = AutoModelForCausalLM.from_config(config).num_parameters() * dtype.itemsize
         free, total = torch.cuda.mem_get_info(device)
-        left = free - 0.1 * total
+        left = free - weights - 0.1 * total  # a tenth for activations, CUDA graphs and what else there is
     else:
         left = 0.25 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     block = 128  # tokens; vLLM rounds each sequence up to its block

@@ -56,9 +56,9 @@ from polaris_mini import (
 )
 from reward import RewardPool
 from rollout import (
-    Engine, Evaluation, HFEngine, Measure, ModelError, ProbeCurves, Sampling, VLLMEngine, autocast, causal_lm,
-    encode_prompts, evaluate, load_model, load_problems, load_tokenizer, resolve_device, resolve_dtype, reward_pool,
-    run_measure, sample_groups, set_rewards, uses_vllm,
+    Engine, EngineError, Evaluation, HFEngine, Measure, ModelError, ProbeCurves, Sampling, VLLMEngine, autocast,
+    causal_lm, encode_prompts, evaluate, load_model, load_problems, load_tokenizer, resolve_device, resolve_dtype,
+    reward_pool, run_measure, sample_groups, set_rewards, uses_vllm,
 )
 
 # ---------------------------------------------------------------------------- the loop
@@ -1477,7 +1477,13 @@ def run_training(config: Config, display: Display) -> tuple[Run, bool]:
     setup = set_up(config, run, display)
     interrupt = Interrupt()
     with setup.pool, contextlib.closing(setup.engine):
-        train(setup, config, run, display, interrupt)
+        if isinstance(setup.engine, VLLMEngine):
+            setup.engine.on_hang = lambda: save_checkpoint(setup, config, run)
+        try:
+            train(setup, config, run, display, interrupt)
+        except EngineError:  # in the middle of a step, of which the policy has seen nothing yet
+            save_checkpoint(setup, config, run)
+            raise
     return run, interrupt.requested
 
 

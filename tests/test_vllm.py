@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ROOT, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import data
@@ -186,3 +188,44 @@ def test_loop_on_vllm_learns_and_its_logprobs_are_the_trainers(run_train, tmp_pa
     assert all(0 <= m["mismatch/kl"] < 1e-6 for m in metrics if m["policy/loss"] is not None)
     assert all(m["mismatch/ratio_max"] < 1.01 for m in metrics if m["policy/loss"] is not None)
     assert metrics[-1]["time/sync"] > 0
+
+
+FAULT = """
+import sys, time
+import train
+from vllm.v1.engine.llm_engine import LLMEngine
+
+step, steps = LLMEngine.step, 0
+
+def faulty(self):
+    global steps
+    steps += 1
+    if steps > 150:
+        {fault}
+    return step(self)
+
+LLMEngine.step = faulty
+try:
+    train.main(sys.argv[1:])
+except train.ModelError as error:
+    sys.exit(f"error: {{error}}")
+"""
+
+
+@pytest.mark.parametrize(("fault", "message"), [
+    ("raise RuntimeError('the device is lost')", "it failed while it generated (the device is lost): lower"),
+    ("time.sleep(600)", "no new token for 20 s, it hangs: raise --engine-timeout"),
+])  # fmt: skip
+def test_an_engine_that_fails_or_hangs_costs_no_finished_step(fault, message, environment, run_train, tmp_path):
+    options = ["--engine", "vllm", "--warmup-steps", 30, "--stages", "9:1.0:40", "--prompts-per-step", 8,
+               "--group-size", 4, "--eval-every", -1, "--engine-timeout", 20, "--run-dir", tmp_path / "run"]
+    ended = subprocess.run([sys.executable, "-c", FAULT.format(fault=fault), *map(str, options)], cwd=ROOT,
+                           env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode in (1, 2)
+    assert message in ended.stderr
+    done = [m["step"] for m in lines(tmp_path / "run" / "metrics.jsonl")]
+    assert 1 <= len(done) < 9
+    assert (tmp_path / "run" / "checkpoints" / f"step_{len(done):06d}").is_dir()
+    result = run_train("--resume", tmp_path / "run", "--engine", "hf")
+    assert result.returncode == 0, result.stderr
+    assert [m["step"] for m in lines(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 10))
