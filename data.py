@@ -561,7 +561,8 @@ class Sink(MutableMapping[str, Rollout]):
     def __init__(self, path: Path | None) -> None:
         self._pending: dict[str, Rollout] = {}
         try:
-            self._database = sqlite3.connect(path or ":memory:", check_same_thread=False)  # a hang is saved by another thread
+            # any thread: a hang is saved by the one that watches for it
+            self._database = sqlite3.connect(path or ":memory:", check_same_thread=False)
             self._database.execute(
                 "CREATE TABLE IF NOT EXISTS rollouts (problem_id TEXT, step INTEGER, prompt_tokens BLOB, "
                 "response_tokens BLOB, sampler_logprobs BLOB, text BLOB, finish_reason TEXT, reward REAL, reason BLOB, "
