@@ -112,8 +112,9 @@ class Common:
     """Seed of everything random; the same seed, machine and versions give the same run on a CPU."""
     device: str = "auto"
     """auto (the first GPU, else the CPU), cpu, cuda or cuda:1."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type. auto: bfloat16 on a GPU (trained weights stay float32), float32 on a CPU."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute type. auto: bfloat16 on a GPU (trained weights stay float32), float32 on a CPU. With float16, sampler and
+    trainer agree better (arXiv 2510.26788)."""
     trust_remote_code: bool = False
     """Run Python code that a model's repository brings along. Only for repositories that you have read."""
     skip_bad_rows: bool = False

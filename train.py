@@ -107,7 +107,7 @@ def train(setup: Setup, config: Config, run: Run, display: Display, interrupt: I
 
         # 6. UPDATE      clipped policy gradient, one token mean over the whole batch
         with clock("update"), display.phase("update"):
-            update = update_policy(setup.policy, setup.optimizer, batch, state.temperature, config)
+            update = update_policy(setup.policy, setup.optimizer, setup.scaler, batch, state.temperature, config)
 
         # 7. LOG, EVAL, SAVE
         state.sampler.advance(config.prompts_per_step)
@@ -156,6 +156,7 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
     policy: torch.nn.Module
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
     engine: Engine
     pool: RewardPool
     eval_problems: list[Problem]
@@ -293,8 +294,8 @@ class Update:
 
 
 def update_policy(
-    policy: torch.nn.Module, optimizer: torch.optim.Optimizer, groups: Sequence[Group], temperature: float,
-    config: Config,
+    policy: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, groups: Sequence[Group],
+    temperature: float, config: Config,
 ) -> Update:
     """Take `updates_per_batch` optimizer steps, each on its share of the groups.
 
@@ -343,7 +344,7 @@ def update_policy(
             if config.rescue_ratio == "stored" and row.rescued.any():
                 weights = weights.where(~row.rescued, weights * truncated_ratio(old_logprobs, row.sampler_logprobs))
             row_loss = (loss * weights).sum() / tokens
-            row_loss.backward()
+            scaler.scale(row_loss).backward()
             # trainer against sampler, with the same weights; in float64, as the KL below is a difference of near equals
             difference = (old_logprobs - row.sampler_logprobs)[~row.rescued].double()
             sums["tokens"] += len(loss)
@@ -354,7 +355,7 @@ def update_policy(
             sums["kl"] += (difference.exp() - 1 - difference).sum().item()
             sums["ratio"] += difference.exp().sum().item()
             ratio_max = max(ratio_max, difference.exp().max().item() if len(difference) else 0.0)
-        grad_norms.append(apply_gradient(policy, optimizer, config.max_grad_norm))
+        grad_norms.append(apply_gradient(policy, optimizer, config.max_grad_norm, scaler))
     return Update(
         loss=sums["loss"] / len(packed),
         entropy=sums["entropy"] / sums["tokens"],
@@ -363,19 +364,31 @@ def update_policy(
         ratio_mean=sums["ratio"] / max(sums["sampled"], 1),
         ratio_cut=sums["cut"] / max(sums["sampled"], 1),
         ratio_max=ratio_max,
-        grad_norm=sum(grad_norms) / len(grad_norms),
+        grad_norm=norm if math.isfinite(norm := sum(grad_norms) / len(grad_norms)) else None,
         tokens=(forwarded := sum(row.input_ids.numel() for rows, _ in packed for row in rows)),
         tokens_saved=sum(_row_tokens(r) * group.weight for group in groups for r in group.rollouts) - forwarded,
     )
 
 
-def apply_gradient(policy: torch.nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> float:
-    """Clip the gradient, take the optimizer's step and return the norm before clipping."""
+def loss_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
+    """Keep gradients in float16's range, if that is what is computed in; otherwise it does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=resolve_dtype(config, device) == torch.float16)
+
+
+def apply_gradient(
+    policy: torch.nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, scaler: torch.amp.GradScaler
+) -> float:
+    """Clip the gradient, take the optimizer's step and return the norm before clipping.
+
+    Where float16 overflowed, which is how the scaler finds its scale, there is no step and the norm is not finite.
+    """
+    scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_((p for p in policy.parameters() if p.requires_grad), max_norm)
-    if not torch.isfinite(norm):  # a step would make every weight nan
+    if not torch.isfinite(norm) and not scaler.is_enabled():  # a step would make every weight nan
         raise ModelError(f"the gradient's norm is {norm.item()}, the update was not made: go on from the last "
                          "checkpoint with a lower --lr")
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
 
@@ -566,11 +579,11 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
     checkpoint = run.newest_checkpoint()
     policy = load_policy(config, str(source), checkpoint, device)
     check_packing(policy, config)
-    optimizer = make_optimizer(policy, config)
+    optimizer, scaler = make_optimizer(policy, config), loss_scaler(config, device)
     run.folder.mkdir(parents=True, exist_ok=True)
     state = State(ProblemSampler(training, config.seed), Sink(run.folder / "sink.sqlite"))
     if checkpoint is not None:
-        restore(state, optimizer, checkpoint, config)
+        restore(state, optimizer, scaler, checkpoint, config)
     state.sink.rewind(state.step)
     run.start(config, state.step, training)
     display.note(
@@ -583,7 +596,8 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
         longest = max(len(problem.prompt_tokens) for problem in [*training, *evaluation]) + max(
             stage.max_response_tokens for stage in config.stages)
         engine = VLLMEngine(str(source), tokenizer, config, max_tokens=longest, weights="policy")
-    setup = Setup(tokenizer, policy, optimizer, engine, reward_pool(config, tokenizer), evaluation, state)
+    pool = reward_pool(config, tokenizer)
+    setup = Setup(tokenizer, policy, optimizer, scaler, engine, pool, evaluation, state)
     if warmup and checkpoint is None:
         display.note(f"warm start: {config.warmup_steps} supervised steps on {len(warmup)} worked examples")
         examples = data.load_worked_examples(config.prompt_examples) if config.prompt_examples else []
@@ -695,6 +709,7 @@ def supervised_steps(
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.warmup_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     order, device = shuffled_for_ever(len(examples), config.seed), causal_lm(policy).device
+    scaler = loss_scaler(config, device)
     policy.train()
     with display.phase("warm start", total=config.warmup_steps) as advance:
         for step in range(config.warmup_steps):
@@ -705,8 +720,8 @@ def supervised_steps(
             tokens = sum(len(response) for _, response in chosen)
             for row in pack([(rollout, 1) for rollout in rollouts], config.tokens_per_micro_batch, device):
                 logprobs, _ = token_logprobs(policy, row, 1.0, config)
-                (-logprobs.sum() / tokens).backward()
-            apply_gradient(policy, optimizer, 1.0)
+                scaler.scale(-logprobs.sum() / tokens).backward()
+            apply_gradient(policy, optimizer, 1.0, scaler)
             advance(1)
 
 
@@ -790,6 +805,7 @@ def save_checkpoint(setup: Setup, config: Config, run: Run) -> None:
         torch.save(
             {
                 "optimizer": setup.optimizer.state_dict(),
+                "scaler": setup.scaler.state_dict(),
                 "sampler": state.sampler.state_dict(),
                 **{name: getattr(state, name) for name in SAVED_STATE},
             },
@@ -804,12 +820,16 @@ def save_checkpoint(setup: Setup, config: Config, run: Run) -> None:
 SAVED_STATE = ("step", "stage", "stage_began", "temperatures", "rewards", "diversity")
 
 
-def restore(state: State, optimizer: torch.optim.Optimizer, checkpoint: Path, config: Config) -> None:
+def restore(
+    state: State, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, checkpoint: Path, config: Config
+) -> None:
     """Set trainer state and optimizer to what the checkpoint holds; random numbers follow from seed and step."""
     saved = torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True)
     for name in SAVED_STATE:
         setattr(state, name, saved[name])
     optimizer.load_state_dict(saved["optimizer"])
+    if scaler.is_enabled() and saved["scaler"]:
+        scaler.load_state_dict(saved["scaler"])
     for parameters in optimizer.param_groups:  # the state's own values would win over a new --lr
         parameters["lr"], parameters["weight_decay"] = config.lr, config.weight_decay
         if "betas" in parameters:

@@ -51,7 +51,7 @@ def test_with_all_mechanisms_off_training_is_plain_grpo_to_the_bit(environment, 
                 values = advantages([rollout.reward for rollout in group.rollouts])
                 for rollout, value in zip(group.rollouts, values, strict=True):
                     rollout.advantage = value
-            train.update_policy(policy, optimizer, groups, 1.0, config)
+            train.update_policy(policy, optimizer, train.loss_scaler(config, policy.device), groups, 1.0, config)
     assert any(not torch.equal(before[name], value) for name, value in policy.state_dict().items())
     assert all(torch.equal(trained[name], value) for name, value in policy.state_dict().items())
 

@@ -11,9 +11,12 @@ from conftest import random_rollouts, tiny_model
 
 from polaris_mini import Config, Group, Problem, Rollout, policy_loss
 from rollout import ModelError
-from train import add_lora, check_packing, load_policy, make_optimizer, pack, token_logprobs, update_policy
+from train import (
+    add_lora, check_packing, load_policy, loss_scaler, make_optimizer, pack, token_logprobs, update_policy,
+)
 
 T = 1.4
+UNSCALED = torch.amp.GradScaler("cpu", enabled=False)
 
 
 def padded_logprobs(model, rollouts: list[Rollout], temperature: float) -> list[torch.Tensor]:
@@ -72,7 +75,7 @@ def grouped(rollouts: list[Rollout], weights: list[int]) -> list[Group]:
 def weights_after(config: Config, groups: list[Group], kind: str = "qwen3") -> torch.Tensor:
     model = tiny_model(kind, tied=True)
     optimizer = make_optimizer(model, config)
-    update_policy(model, optimizer, groups, T, config)
+    update_policy(model, optimizer, UNSCALED, groups, T, config)
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
@@ -118,7 +121,7 @@ def test_one_update_per_batch_has_ratio_one_and_more_have_not():
     for updates, moved in ((1, False), (4, True)):
         model = tiny_model("qwen3", tied=True)
         config = Config(lr=1.0, optimizer="sgd", updates_per_batch=updates)
-        update = update_policy(model, make_optimizer(model, config), groups, T, config)
+        update = update_policy(model, make_optimizer(model, config), UNSCALED, groups, T, config)
         assert (update.clip_fraction > 0) == moved
 
 
@@ -127,7 +130,7 @@ def test_no_informative_group_means_no_update():
     before = torch.nn.utils.parameters_to_vector(model.parameters()).clone()
     config = Config(lr=1.0)
     for groups in ([], grouped([replace(r, advantage=0.0) for r in random_rollouts(3)], [1])):
-        assert update_policy(model, make_optimizer(model, config), groups, T, config).loss is None
+        assert update_policy(model, make_optimizer(model, config), UNSCALED, groups, T, config).loss is None
     assert torch.equal(torch.nn.utils.parameters_to_vector(model.parameters()), before)
 
 
@@ -184,7 +187,7 @@ def test_optimizer_lowers_the_loss(optimizer):
     optimizer_ = make_optimizer(model, config)
     before = token_logprobs(model, row, T, config)[0].sum().item()
     for _ in range(5):
-        update_policy(model, optimizer_, [Group(Problem("p", "p", ("1",)), [rollout])], T, config)
+        update_policy(model, optimizer_, UNSCALED, [Group(Problem("p", "p", ("1",)), [rollout])], T, config)
     assert token_logprobs(model, row, T, config)[0].sum().item() > before + 0.1
     again = make_optimizer(model, config)
     again.load_state_dict(optimizer_.state_dict())
@@ -210,7 +213,7 @@ def test_lora_trains_the_adapters_only_and_no_head():
     trained = [name for name, p in policy.named_parameters() if p.requires_grad]
     assert len(trained) == 2 * 7 * 2  # A and B of seven linear layers in two blocks
     model.set_attn_implementation("packed")
-    update_policy(policy, make_optimizer(policy, config), grouped(random_rollouts(6), [1, 1]), T, config)
+    update_policy(policy, make_optimizer(policy, config), UNSCALED, grouped(random_rollouts(6), [1, 1]), T, config)
     assert any(p.abs().max() > 0 for name, p in policy.named_parameters() if "lora_B" in name)
     after = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if "lora" not in name}
     assert all(torch.equal(after[name], base[name]) for name in base)
@@ -223,7 +226,7 @@ def test_gradient_that_is_not_finite_changes_nothing():
     rollouts[0].advantage = float("inf")
     config = Config(lr=1.0)
     with pytest.raises(ModelError, match=r"gradient's norm is .*lower --lr"):
-        update_policy(model, make_optimizer(model, config), grouped(rollouts, [1]), T, config)
+        update_policy(model, make_optimizer(model, config), UNSCALED, grouped(rollouts, [1]), T, config)
     assert torch.equal(torch.nn.utils.parameters_to_vector(model.parameters()), before)
 
 
@@ -262,3 +265,54 @@ def test_check_packing_finds_logits_that_are_not_the_heads(tmp_path):
         parameter.data *= 20
     with pytest.raises(ModelError, match="this architecture is not supported"):
         check_packing(model, Config())
+
+
+def test_float16_trains_as_float32_does_and_survives_an_overflow():
+    rollouts = random_rollouts(12)
+    changes = {}
+    for dtype in ("float32", "float16"):
+        model = tiny_model("qwen3", tied=True)
+        before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        config = Config(optimizer="sgd", lr=1.0, weight_decay=0.0, max_grad_norm=1e9, dtype=dtype)
+        optimizer, scaler = make_optimizer(model, config), loss_scaler(config, torch.device("cpu"))
+        assert scaler.is_enabled() == (dtype == "float16")
+        update = update_policy(model, optimizer, scaler, grouped(rollouts, [1, 2, 1, 1]), T, config)
+        after = torch.cat([p.detach().flatten() for p in model.parameters()])
+        changes[dtype] = (after - before, update.grad_norm)
+    (wide, norm), (narrow, narrow_norm) = changes.values()
+    assert torch.nn.functional.cosine_similarity(wide, narrow, dim=0) > 0.999
+    assert narrow_norm == pytest.approx(norm, rel=0.02)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    update = update_policy(model, optimizer, scaler, grouped(rollouts, [1, 2, 1, 1]), T, config)
+    assert update.grad_norm is None
+    assert torch.equal(after, torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert scaler.get_scale() == 2.0**59
+
+
+@pytest.mark.parametrize(("mismatch", "weights"), [
+    ("ignore", [1, 1, 1, 1]), ("tis", [0.5, 1, 2, 0.1]), ("icepop", [0.5, 1, 0, 0]),
+])  # fmt: skip
+def test_mismatch_weighs_each_token_but_no_rescued_one(mismatch, weights):
+    """The gradient with ratios .5 1 4 .1 of trainer to sampler is that of tokens with these weights."""
+    (rollout,) = random_rollouts(1, longest=4, seed=3)
+    rollout.advantage, rollout.response_tokens = 1.0, [5, 9, 4, 7]
+    found = {}
+    for rescued in (False, True):
+        model = tiny_model("qwen3", tied=True)
+        config = Config(optimizer="sgd", lr=1.0, weight_decay=0.0, max_grad_norm=1e9, mismatch=mismatch)
+        (row,) = pack([(replace(rollout, sampler_logprobs=[0.0] * 4), 1)], 999, torch.device("cpu"))
+        trainer = token_logprobs(model, row, T, config)[0]
+        expected = -(trainer * torch.tensor([1.0] * 4 if rescued else weights)).sum() / 4
+        expected.backward()
+        gradient_ = gradient(model)
+        model.zero_grad()
+        before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        ratios = torch.tensor([0.5, 1.0, 4.0, 0.1])
+        drawn = replace(rollout, sampler_logprobs=(trainer.detach() - ratios.log()).tolist(), rescued=rescued)
+        found[rescued] = update_policy(model, make_optimizer(model, config), UNSCALED, grouped([drawn], [1]), T, config)
+        after = torch.cat([p.detach().flatten() for p in model.parameters()])
+        torch.testing.assert_close(before - after, gradient_, rtol=1e-3, atol=1e-6)
+    assert found[False].ratio_cut == {"ignore": 0.0, "tis": 0.25, "icepop": 0.5}[mismatch]
+    assert found[False].ratio_mean == pytest.approx((0.5 + 1 + 4 + 0.1) / 4, rel=1e-4)
+    assert found[True].ratio_cut == 0.0
