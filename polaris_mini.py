@@ -667,6 +667,7 @@ PRESETS = {
 _WORKSTATION: dict[str, Any] = {
     "prompts_per_step": 32, "max_response_tokens": 32768, "lora_rank": 32, "lr": 1e-5, "optimizer": "adamw8bit",
     "gradient_checkpointing": True, "tokens_per_micro_batch": 33792, "logprob_chunk_tokens": 512,
+    "rollouts_per_batch": 16,
 }  # fmt: skip
 """Source: the release's author on small machines (issues #4, #18: batch 32, up to 32768 tokens); LoRA is ours."""
 PRESETS |= {

@@ -5,12 +5,12 @@
     python rollout.py measure --model M --data FILE --out SCORES # each problem's pass rate (as data.py measure)
     python rollout.py eval --help                                # every option
 
-An engine has the same few methods whatever it runs on: `sync` takes the policy's weights, `generate` turns prompts
-into responses. The Hugging Face engine below is the policy itself, decoded with a key-value cache by plain PyTorch:
-it runs on any device, needs no second copy of the weights, and returns the log-prob of every sampled token at the
-sampling temperature.
+An engine has the same few methods whatever it runs on: `wake` takes the policy's weights, `generate` turns prompts into
+responses with the log-prob of every sampled token at the sampling temperature, `sleep` leaves the memory to the update.
+`HFEngine` is the policy itself, decoded with a key-value cache by plain PyTorch: it runs on any device and needs no
+second copy of the weights. `VLLMEngine` is vLLM in this process: paged attention, continuous batching, CUDA graphs.
 
-Left out: paged attention, continuous batching, CUDA graphs. They are a serving engine's business.
+Left out: servers, engines on other machines, responses that outlive a step.
 """
 from __future__ import annotations
 
@@ -81,19 +81,30 @@ def load_model(
     """
     weights = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
     _check_folder(name, weights, "safetensors weights")
+    base = base_model(name)
     try:
-        settings = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        settings = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
         if rope is not None:
             text = settings.get_text_config()
             text.rope_parameters = {**text.rope_parameters, **rope}
             text.max_position_embeddings = round(rope["factor"] * rope["original_max_position_embeddings"])
         model = AutoModelForCausalLM.from_pretrained(
-            name, config=settings, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True,
+            base, config=settings, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True,
             attn_implementation="sdpa",
         )
+        if base != name:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, name).merge_and_unload()
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model is {name}: it does not load: {_first_line(error)}") from error
     return model.to(device)  # type: ignore[arg-type]
+
+
+def base_model(name: str) -> str:
+    """Return the model that the LoRA adapter of this name belongs to; any other model as it is."""
+    adapter = Path(name).expanduser() / "adapter_config.json"
+    return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else name
 
 
 def _check_folder(name: str, any_of: Sequence[str], what: str) -> None:
@@ -320,9 +331,13 @@ class VLLMEngine:
 
     def __init__(
         self, model: str, tokenizer: PreTrainedTokenizerBase, settings: Common, *, max_tokens: int,
-        rope: Mapping[str, Any] | None = None, weights: Literal["disk", "policy"] = "disk",
+        rope: Mapping[str, Any] | None = None, weights: Literal["disk", "policy"] = "disk", reserved_bytes: int = 0,
     ) -> None:
-        """Start vLLM. max_tokens: of the longest prompt with its response. weights: policy, if `wake` brings them."""
+        """Start vLLM.
+
+        max_tokens: of the longest prompt with its response. weights: disk, or policy: each `wake` brings them, and in
+        between the engine sleeps. reserved_bytes: device memory that others will take and the cache must leave.
+        """
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process, not in one beside
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -330,14 +345,14 @@ class VLLMEngine:
 
         device = resolve_device(settings.device)
         dtype = resolve_dtype(settings, device)
-        self.cuda, self.dtype = device.type == "cuda", dtype
+        self.sleeps, self.dtype = device.type == "cuda" and weights == "policy", dtype
         config = AutoConfig.from_pretrained(model, trust_remote_code=settings.trust_remote_code)
-        overrides: dict[str, Any] = {}
+        text = config.get_text_config()
+        # As in the release, responses may be longer than the positions that the model's config names.
+        overrides: dict[str, Any] = {"max_position_embeddings": max(max_tokens, text.max_position_embeddings)}
         if rope is not None:
-            positions = round(rope["factor"] * rope["original_max_position_embeddings"])
-            text = config.get_text_config()
-            overrides = {"rope_parameters": {**text.rope_parameters, **rope}, "max_position_embeddings": positions}
-        cache_bytes = kv_cache_bytes(config, dtype, device, max_tokens, settings.rollouts_per_batch)
+            overrides["rope_parameters"] = {**text.rope_parameters, **rope}
+        cache_bytes = kv_cache_bytes(config, settings, max_tokens, reserved_bytes)
         self.time_limit = settings.engine_timeout
         self.on_hang: Callable[[], None] = lambda: None
         try:
@@ -347,8 +362,9 @@ class VLLMEngine:
                 load_format="auto" if weights == "disk" else "dummy", trust_remote_code=settings.trust_remote_code,
                 max_model_len=max_tokens, max_num_seqs=settings.rollouts_per_batch, kv_cache_memory_bytes=cache_bytes,
                 logprobs_mode="processed_logprobs",  # at the temperature; the default's are at 1
+                gpu_memory_utilization=0.01,  # what vLLM insists on finding free; the cache's size is given
                 skip_tokenizer_init=True,  # tokens in, tokens out
-                enable_sleep_mode=self.cuda, enforce_eager=not self.cuda,
+                enable_sleep_mode=self.sleeps, enforce_eager=device.type != "cuda",
             )
         except (ValueError, RuntimeError, OSError) as error:
             raise ModelError(f"engine is vllm: it does not start with model {model} ({_first_line(error)}): lower "
@@ -359,22 +375,22 @@ class VLLMEngine:
         except OSError:  # the folder has none
             generation = None
         self.stop_tokens = stop_tokens(tokenizer, generation)
-        if weights == "policy":
-            self.sleep()
+        self.sleep()
 
     def wake(self, policy: torch.nn.Module) -> None:
         """Take the policy's weights over, then make the key-value cache."""
-        if self.cuda:
-            self.llm.wake_up(tags=["weights"])
-        weights = policy_weights(policy, self.dtype)
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        self.llm.reset_prefix_cache()  # it was computed with the old weights
-        if self.cuda:
-            self.llm.wake_up(tags=["kv_cache"])
+        with _engine_errors("took the weights over"):
+            if self.sleeps:
+                self.llm.wake_up(tags=["weights"])
+            weights = policy_weights(policy, self.dtype)
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            self.llm.reset_prefix_cache()  # it was computed with the old weights
+            if self.sleeps:
+                self.llm.wake_up(tags=["kv_cache"])
 
     def sleep(self) -> None:
         """Free weights and cache; neither is kept, as the next `wake` brings all weights again."""
-        if self.cuda:
+        if self.sleeps:
             self.llm.sleep(level=2)
 
     def close(self) -> None:
@@ -382,6 +398,7 @@ class VLLMEngine:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
         cleanup_dist_env_and_memory()
 
     def generate(
@@ -402,7 +419,7 @@ class VLLMEngine:
             ))  # fmt: skip
         finished = reported = 0
         try:
-            with self._watched() as alive:
+            with _engine_errors("generated"), self._watched() as alive:
                 while engine.has_unfinished_requests():
                     outputs = engine.step()
                     alive()
@@ -419,9 +436,6 @@ class VLLMEngine:
                     if on_tokens is not None:
                         on_tokens(tokens - reported)
                     reported = tokens
-        except RuntimeError as error:  # out of memory is one, a dead engine another
-            raise EngineError(f"engine is vllm: it failed while it generated ({_first_line(error)}): lower "
-                              "--rollouts-per-batch if memory is short, or take --engine hf") from error
         finally:
             engine.abort_request([str(i) for i in range(len(prompts))])  # what Ctrl-C has left
 
@@ -439,16 +453,25 @@ class VLLMEngine:
                 if time.monotonic() - last > self.time_limit:
                     print(f"error: engine is vllm: no new token for {self.time_limit:g} s, it hangs: raise "
                           "--engine-timeout if that is too short, or take --engine hf", file=sys.stderr, flush=True)
-                    try:
-                        self.on_hang()
-                    finally:
-                        os._exit(2)
+                    saving = threading.Thread(target=self.on_hang, daemon=True)
+                    saving.start()
+                    saving.join(60)  # the device may hang too
+                    os._exit(2)
 
         threading.Thread(target=watch, daemon=True).start()
         try:
             yield alive
         finally:
             done.set()
+
+
+@contextlib.contextmanager
+def _engine_errors(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # out of memory is one, a dead engine another
+        raise EngineError(f"engine is vllm: it failed while it {doing} ({_first_line(error)}): lower "
+                          "--rollouts-per-batch if memory is short, or take --engine hf") from error
 
 
 def uses_vllm(settings: Common) -> bool:
@@ -468,26 +491,28 @@ def policy_weights(policy: torch.nn.Module, dtype: torch.dtype) -> Iterator[tupl
             continue
         if name.endswith(".base_layer.weight"):
             adapted = model.get_submodule(name.removesuffix(".base_layer.weight"))
-            weight = weight + adapted.get_delta_weight("default").detach().to(weight.dtype)  # type: ignore[operator]
+            weight = weight.float() + adapted.get_delta_weight("default").detach().float()  # type: ignore[operator]
         yield name.replace(".base_layer.", "."), weight.to(dtype)
 
 
-def kv_cache_bytes(
-    config: PretrainedConfig, dtype: torch.dtype, device: torch.device, max_tokens: int, sequences: int
-) -> int:
+def kv_cache_bytes(config: PretrainedConfig, settings: Common, max_tokens: int, reserved_bytes: int = 0) -> int:
     """Give vLLM's key-value cache what all sequences need at their longest, at most what the device has left.
 
     Raises: ModelError if not even one response fits.
     """
+    device = resolve_device(settings.device)
+    item = resolve_dtype(settings, device).itemsize
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    per_token = 2 * text.num_hidden_layers * heads * width * dtype.itemsize
+    per_token = 2 * text.num_hidden_layers * heads * width * item
     if device.type == "cuda":
         with torch.device("meta"):  # no memory: only to count
-            weights = AutoModelForCausalLM.from_config(config).num_parameters() * dtype.itemsize
+            weights = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=settings.trust_remote_code
+            ).num_parameters() * item
         free, total = torch.cuda.mem_get_info(device)
-        left = free - weights - 0.1 * total  # a tenth for activations, CUDA graphs and what else there is
+        left = free - weights - reserved_bytes - 0.1 * total  # a tenth for activations, CUDA graphs, what else there is
     else:
         left = 0.25 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     block = 128  # tokens; vLLM rounds each sequence up to its block
@@ -496,7 +521,7 @@ def kv_cache_bytes(
             f"engine is vllm: the key-value cache of one response of {max_tokens} tokens with its prompt takes "
             f"{per_token * max_tokens / 2**30:.1f} GiB, {max(0.0, left) / 2**30:.1f} are left: at most "
             f"{max(0, int(left / per_token) - block)} tokens fit; lower --max-response-tokens")
-    return int(min(left, per_token * (max_tokens + block) * sequences))
+    return int(min(left, per_token * (max_tokens + block) * settings.rollouts_per_batch))
 
 
 # ---------------------------------------------------------------- groups and their grades
@@ -799,7 +824,7 @@ class Session:
         self.model = toy_folder() if options.model == "toy" else options.model
         self.tokenizer = load_tokenizer(self.model, trust_remote_code=options.trust_remote_code)
         self.pool = reward_pool(options, self.tokenizer)
-        self._engines: dict[str, HFEngine | VLLMEngine] = {}
+        self._engine_with: tuple[str, HFEngine | VLLMEngine] | None = None  # its rope, as a key
         self._longest_prompt = 0
         self._done: dict[tuple[str, str], Measured] = {}
         try:
@@ -859,22 +884,39 @@ class Session:
         return [self._done[key, problem.id] for problem in problems]
 
     def _engine(self, yarn: Mapping[str, Any] | None) -> Engine:
-        """Load the model when the first response is needed; another rope means another model."""
+        """Load the model when the first response is needed; another rope means another model, in place of the last."""
         name, options = _key(yarn), self.options
-        if name not in self._engines:
-            for other in self._engines.values():
-                other.close()
-            self._engines.clear()
+        if self._engine_with is None or self._engine_with[0] != name:
+            self.close_engine()
             rope = None if yarn is None else yarn_config(**yarn)
+
+            def load(device: torch.device) -> PreTrainedModel:
+                return load_model(self.model, dtype=resolve_dtype(options, self.device), device=device, rope=rope,
+                                  trust_remote_code=options.trust_remote_code)
+
             if self.vllm:
-                longest = self._longest_prompt + options.max_response_tokens
-                self._engines[name] = VLLMEngine(self.model, self.tokenizer, options, max_tokens=longest, rope=rope)
+                base, longest = base_model(self.model), self._longest_prompt + options.max_response_tokens
+                adapter = base != self.model
+                engine: HFEngine | VLLMEngine = VLLMEngine(base, self.tokenizer, options, max_tokens=longest, rope=rope,
+                                                           weights="policy" if adapter else "disk")
+                if adapter:
+                    engine.wake(load(torch.device("cpu")))
             else:
-                dtype = resolve_dtype(options, self.device)
-                model = load_model(self.model, dtype=dtype, device=self.device, rope=rope,
-                                   trust_remote_code=options.trust_remote_code)
-                self._engines[name] = HFEngine(model, self.tokenizer, options)
-        return self._engines[name]
+                engine = HFEngine(load(self.device), self.tokenizer, options)
+            self._engine_with = name, engine
+        return self._engine_with[1]
+
+    def close_engine(self) -> None:
+        if self._engine_with is not None:
+            self._engine_with[1].close()
+            self._engine_with = None  # before the next one is loaded
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.close()
+        self.close_engine()
 
     @contextlib.contextmanager
     def _progress(self, title: str, total: int) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
@@ -908,7 +950,7 @@ def toy_folder() -> str:
 def run_measure(options: Measure) -> None:
     session = Session(options, Path(options.out))
     problems = session.problems(options.data)
-    with session.pool:
+    with session:
         measured = session.measure(options.data, problems, options.rollouts, options.temperature, keep_text=False)
     mean, interval = mean_and_interval([found.pass_rate for found in measured])
     print(f"{options.out}: {len(measured)} problems, mean pass rate {mean:.1%} +- {interval:.1%}")
@@ -920,7 +962,7 @@ def run_probe(options: Probe) -> None:
     folder = Path(options.out)
     session = Session(options, folder / "responses.jsonl")
     problems = session.problems(options.data)
-    with session.pool:
+    with session:
         measured = {t: session.measure(options.data, problems, options.rollouts, t) for t in grid}
     curves = ProbeCurves.of(measured, options.diversity_words)
     zones = temperature_zones(curves.accuracy, curves.noise)
@@ -994,7 +1036,7 @@ def run_eval(options: Eval) -> None:
             "attention_scale": options.yarn_attention_scale,
         }
     results: dict[str, Any] = {}
-    with session.pool:
+    with session:
         for variant, yarn in variants.items():
             for source, problems in sources.items():
                 k = options.rollouts or PUBLISHED_ROLLOUTS.get(Path(source).name.partition(".")[0], 8)
@@ -1009,7 +1051,7 @@ def run_eval(options: Eval) -> None:
 
 
 def max_positions(model: str, trust_remote_code: bool) -> int:
-    settings = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    settings = AutoConfig.from_pretrained(base_model(model), trust_remote_code=trust_remote_code)
     return settings.get_text_config().max_position_embeddings
 
 

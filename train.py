@@ -57,8 +57,8 @@ from polaris_mini import (
 from reward import RewardPool
 from rollout import (
     Engine, EngineError, Evaluation, HFEngine, Measure, ModelError, ProbeCurves, Sampling, VLLMEngine, autocast,
-    causal_lm, encode_prompts, evaluate, load_model, load_problems, load_tokenizer, resolve_device, resolve_dtype,
-    reward_pool, run_measure, sample_groups, set_rewards, uses_vllm,
+    base_model, causal_lm, encode_prompts, evaluate, load_model, load_problems, load_tokenizer, resolve_device,
+    resolve_dtype, reward_pool, run_measure, sample_groups, set_rewards, uses_vllm,
 )
 
 # ---------------------------------------------------------------------------- the loop
@@ -78,12 +78,13 @@ def train(setup: Setup, config: Config, run: Run, display: Display, interrupt: I
         # 1. ROLLOUT     G responses to each of P problems, at the stage's temperature
         problems = state.sampler.peek(config.prompts_per_step)
         sampling = Sampling(state.temperature, stage.max_response_tokens, seed=rng.getrandbits(63))
-        with clock("sync"):
-            setup.engine.wake(setup.policy)
-        with interrupt.may_drop_step(), clock("rollout"), display.phase("rollout") as on_tokens:
-            groups, gradings = sample_groups(
-                setup.engine, setup.tokenizer, setup.pool, problems, config.group_size, sampling, on_tokens
-            )
+        with interrupt.may_drop_step():
+            with clock("sync"):
+                setup.engine.wake(setup.policy)
+            with clock("rollout"), display.phase("rollout") as on_tokens:
+                groups, gradings = sample_groups(
+                    setup.engine, setup.tokenizer, setup.pool, problems, config.group_size, sampling, on_tokens
+                )
         setup.engine.sleep()
         if interrupt.requested:
             break
@@ -115,9 +116,11 @@ def train(setup: Setup, config: Config, run: Run, display: Display, interrupt: I
         state.sink.commit(state.step)
         state.rewards.append(statistics.fmean(group.pass_rate for group in groups))
         metrics = step_metrics(config, state, groups, batch, update, clock)
-        if is_evaluation_step(config, state):
-            metrics |= evaluate_policy(setup, config, run, display, interrupt)
-        run.log_metrics(state.step, metrics)
+        try:
+            if is_evaluation_step(config, state):
+                metrics |= evaluate_policy(setup, config, run, display, interrupt)
+        finally:  # whatever becomes of the evaluation, the step is done
+            run.log_metrics(state.step, metrics)
         display.row(metrics)
         if state.step % config.checkpoint_every == 0:
             save_checkpoint(setup, config, run)
@@ -178,8 +181,8 @@ def enter_stage(setup: Setup, config: Config, run: Run, display: Display, interr
                      + (f"leave, {len(state.sampler)} stay" if left else "stay: too few would be left for a batch"))
     stage = config.stages[state.stage - 1]
     if len(state.temperatures) < state.stage:
-        setup.engine.wake(setup.policy)
         with interrupt.may_drop_step(), display.phase("temperature probe") as on_tokens:
+            setup.engine.wake(setup.policy)
             state.temperatures.append(choose_temperature(setup, config, run, display, stage, on_tokens))
         setup.engine.sleep()
     return None if interrupt.requested else stage
@@ -192,7 +195,8 @@ def stage_is_over(config: Config, state: State) -> bool:
 
 
 def training_is_over(config: Config, state: State) -> bool:
-    return state.stage == len(config.stages) and stage_is_over(config, state)
+    stages_left = len(config.stages) - state.stage  # below 0 if a resume cut the stages short
+    return stages_left < 0 or (stages_left == 0 and stage_is_over(config, state))
 
 
 def choose_temperature(
@@ -260,8 +264,8 @@ def evaluate_policy(
     longest = max(stage.max_response_tokens for stage in config.stages)
     sampling = Sampling(temperature, longest, seed=config.seed)  # the same draws each time: less noise in a difference
     result: Evaluation | None = None
-    setup.engine.wake(setup.policy)
     with interrupt.may_drop_step(), display.phase("evaluation") as on_tokens:
+        setup.engine.wake(setup.policy)
         result = Evaluation.of(evaluate(
             setup.engine, setup.tokenizer, setup.pool, setup.eval_problems, config.eval_rollouts, sampling, on_tokens
         ))
@@ -595,7 +599,8 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
     if vllm:
         longest = max(len(problem.prompt_tokens) for problem in [*training, *evaluation]) + max(
             stage.max_response_tokens for stage in config.stages)
-        engine = VLLMEngine(str(source), tokenizer, config, max_tokens=longest, weights="policy")
+        engine = VLLMEngine(base_model(str(source)), tokenizer, config, max_tokens=longest, weights="policy",
+                            reserved_bytes=optimizer_bytes(policy, config))
     pool = reward_pool(config, tokenizer)
     setup = Setup(tokenizer, policy, optimizer, scaler, engine, pool, evaluation, state)
     if warmup and checkpoint is None:
@@ -660,6 +665,12 @@ def make_optimizer(policy: torch.nn.Module, config: Config) -> torch.optim.Optim
 
         return bitsandbytes.optim.AdamW8bit(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
     return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
+
+
+def optimizer_bytes(policy: torch.nn.Module, config: Config) -> int:
+    """Return what the optimizer's state will take once the first update has made it."""
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    return trained * {"adamw": 8, "adamw8bit": 2, "sgd": 0}[config.optimizer]
 
 
 def check_packing(policy: torch.nn.Module, config: Config) -> None:
@@ -835,6 +846,9 @@ def restore(
         if "betas" in parameters:
             parameters["betas"] = (config.beta1, config.beta2)
     state.sampler.load_state_dict(saved["sampler"])
+    if len(state.temperatures) == state.stage <= len(config.stages):  # in a stage whose setting may be another now
+        now = config.stages[state.stage - 1].temperature
+        state.temperatures[-1] = state.temperature if now == "auto" else now
 
 
 class Run:
@@ -885,9 +899,9 @@ class Run:
     def log_rollouts(self, step: int, groups: Sequence[Group]) -> None:
         """Write down every rollout as it was drawn, and each problem's pass rate."""
         self._append("rollouts.jsonl", [
-            {"step": step, "problem_id": group.problem.id, "response": rollout.text, "answer": group.problem.answers,
+            {"step": step, "id": group.problem.id, "response": rollout.text, "answer": group.problem.answers,
              "reward": rollout.reward, "reason": rollout.reason, "tokens": len(rollout.response_tokens),
-             "finish_reason": rollout.finish_reason}
+             "truncated": rollout.truncated}
             for group in groups for rollout in group.rollouts
         ])
         self._append("scores.jsonl", [
@@ -1217,21 +1231,24 @@ def ablation_variants(config: Config, filtered: str, unfiltered: str) -> dict[st
         "rescue": {"rescue": False},
         "substitution": {"substitute": False},
         "removal of mastered problems": {"mastered_above": 1.0},
-        "rising temperature": {"temperature": config.stages[0].temperature},
+        "rising temperature": {"temperature": config.stages[0].temperature},  # from a probe each, if it is auto
         "growing length": {"max_response_tokens": config.stages[-1].max_response_tokens},
     }
     config = replace(config, data=filtered)
-    return {
-        "all mechanisms": config,
-        **{f"no {name}": replace(config, **change) for name, change in off.items()},
-        "plain GRPO": replace(config, **{name: value for change in off.values() for name, value in change.items()}),
-    }
+    plain = {name: value for change in off.values() for name, value in change.items()}
+    variants = {f"no {name}": replace(config, **change) for name, change in off.items()}
+    # With one stage, say, nothing rises or grows: such a variant would be the same run again.
+    different = {name: variant for name, variant in variants.items() if variant != config}
+    return {"all mechanisms": config, **different, "plain GRPO": replace(config, **plain)}
 
 
 def run_ablation(options: Ablate, config: Config, display: Display) -> None:
     """Do the runs that are missing, then compare all of them."""
     if options.seeds < 1 or not 0 < options.target < 1:
         raise ConfigError(f"seeds is {options.seeds}, target {options.target}: give at least 1, and a pass rate")
+    if config.resume or config.run_dir or config.eval_every < 0:
+        raise ConfigError("resume, run_dir or eval_every -1 is set: ablate makes and resumes runs of its own (--out) and "
+                          "compares their evaluations")
     runs: dict[str, list[Run]] = defaultdict(list)  # variant -> one run per seed
     for seed in range(config.seed, config.seed + options.seeds):
         seeded = replace(config, seed=seed)
@@ -1407,6 +1424,9 @@ def read_config(arguments: Sequence[str]) -> Config:
             if before != now:
                 raise ConfigError(f"{name} is {now}: in this run it was {before} and cannot change; start a new run "
                                   "(a checkpoint can be its --model)")
+        if (default.eval_every < 0) != (config.eval_every < 0):
+            raise ConfigError(f"eval_every is {config.eval_every}: in this run it was {default.eval_every}, and a run "
+                              "with held-out problems cannot become one without, nor the other way round")
     return config
 
 

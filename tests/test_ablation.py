@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,13 @@ def test_each_variant_differs_from_all_mechanisms_in_one_setting():
     assert plain.mastered_above == 1
     assert {(stage.temperature, stage.max_response_tokens) for stage in plain.stages} == {
         (config.stages[0].temperature, config.stages[-1].max_response_tokens)}  # fmt: skip
+
+
+def test_a_run_of_one_stage_has_no_variants_without_a_rise():
+    one_stage = replace(PRESETS["toy"], stages=PRESETS["toy"].stages[:1])
+    assert list(train.ablation_variants(one_stage, "filtered.jsonl", "scores.jsonl")) == [
+        "all mechanisms", "no difficulty filter", "no rescue", "no substitution", "no removal of mastered problems",
+        "plain GRPO"]  # fmt: skip
 
 
 def made_up_run(folder: Path, rates: dict[int, float], tokens: int = 1000) -> train.Run:

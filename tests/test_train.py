@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import data
 import train
 from polaris_mini import PRESETS, Config
+from rollout import load_model
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--warmup-steps", "30", "--prompts-per-step", "8", "--group-size", "4", "--max-response-tokens", "40",
@@ -169,6 +170,18 @@ def test_longer_training_of_a_finished_run(finished, run_train, tmp_path):
     assert state["optimizer"]["param_groups"][0]["lr"] == 5e-5  # a new --lr is obeyed
 
 
+def test_a_resume_may_end_the_run_earlier_or_change_the_temperature(finished, run_train, tmp_path):
+    folder = tmp_path / "shorter"
+    shutil.copytree(finished, folder)
+    for stages in (["5:1.0:40"], ["4:1.0:40", "5:1.0:40"]):  # at most the steps that there are
+        result = run_train("--resume", folder, "--stages", *stages)
+        assert result.returncode == 0, result.stderr
+        assert len(lines(folder / "metrics.jsonl")) == STEPS
+    result = run_train("--resume", folder, "--stages", f"{STEPS + 1}:1.3:40")
+    assert result.returncode == 0, result.stderr
+    assert lines(folder / "metrics.jsonl")[-1]["sampling/temperature"] == 1.3
+
+
 def test_log_lines_after_the_checkpoint_are_dropped_and_a_cut_line_too(finished, run_train, tmp_path):
     folder = tmp_path / "cut"
     shutil.copytree(finished, folder)
@@ -259,6 +272,16 @@ def test_base_model_with_warm_start_examples_lora_and_8_bit_adam(base_model, sum
     assert run_train(*options[:-1], straight, "--steps", 3, "--gradient-checkpointing").returncode == 0
     assert_same_run(straight, folder, 3)
 
+    adapter = folder / "checkpoints" / "step_000003"  # as a model of the other commands: merged into its base
+    merged = load_model(str(adapter), dtype=torch.float32, device=torch.device("cpu"))
+    tokens = torch.tensor([[5, 9, 4, 7]])
+    with torch.no_grad():
+        assert torch.allclose(merged(tokens).logits, AutoModelForCausalLM.from_pretrained(adapter)(tokens).logits,
+                              atol=1e-5)
+    result = run_train("eval", "--model", adapter, "--data", sums, "--problems", 4, "--rollouts", 2,
+                       "--max-response-tokens", 20, "--out", tmp_path / "eval", script="rollout.py")
+    assert result.returncode == 0, result.stderr
+
 
 def test_stages_of_the_command_line_and_mastered_problems(run_train, tmp_path):
     """Two stages; with --mastered-above 0 every problem with a correct rollout leaves between them."""
@@ -338,7 +361,7 @@ def test_parquet_in_verl_layout_trains(base_model, run_train, tmp_path):
     result = run_train("--model", base_model, "--data", tmp_path / "verl.parquet", *SMALL, "--steps", 1,
                        "--optimizer", "sgd", "--run-dir", tmp_path / "run")
     assert result.returncode == 0, result.stderr
-    assert {r["problem_id"] for r in lines(tmp_path / "run" / "rollouts.jsonl")} <= {str(i) for i in range(40)}
+    assert {r["id"] for r in lines(tmp_path / "run" / "rollouts.jsonl")} <= {str(i) for i in range(40)}
 
 
 # ---------------------------------------------------------------------------- bad input
@@ -377,6 +400,9 @@ def test_parquet_in_verl_layout_trains(base_model, run_train, tmp_path):
         (["--resume", "FINISHED", "--optimizer", "sgd"], "optimizer is sgd: in this run it was adamw"),
         (["--resume", "FINISHED", "--lora-rank", "4"], "lora_rank is 4: in this run it was 0"),
         (["--resume", "FINISHED", "--seed", "4"], "seed is 4: in this run it was 0"),
+        (["--resume", "FINISHED", "--eval-every", "-1"], "eval_every is -1: in this run it was 2"),
+        (["ablate", "--resume", "FINISHED"], "ablate makes and resumes runs of its own"),
+        (["ablate", "--seeds", "0"], "seeds is 0"),
         (["--run-dir", "FOLDER"], "it exists already; go on with --resume"),
     ],
 )

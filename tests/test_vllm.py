@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import data
 from polaris_mini import Config, icepop_ratio, truncated_ratio, yarn_config
 from rollout import (
-    HFEngine, ModelError, Sampling, VLLMEngine, causal_lm, kv_cache_bytes, load_model, policy_weights, uses_vllm,
+    EngineError, HFEngine, ModelError, Sampling, VLLMEngine, causal_lm, kv_cache_bytes, load_model, policy_weights,
+    uses_vllm,
 )
 from train import add_lora
 
@@ -146,20 +147,35 @@ def test_yarn_is_the_same_in_both_engines_beyond_the_trained_length(scale, tmp_p
         assert (drawn - logprobs_of(plain, prompt, r.tokens, 1.0)).abs().max() > 1e-3
 
 
+def test_responses_may_be_longer_than_the_positions_in_the_models_config(tmp_path):
+    """As in the release, whose later stages go beyond Qwen3's 40960."""
+    policy = tiny_model("qwen3", tied=True, head_dim=32)
+    folder = saved(policy, tmp_path)
+    prompt = [(5 * j) % 46 + 4 for j in range(policy.config.max_position_embeddings + 20)]
+    with vllm_engine(folder, max_tokens=len(prompt) + 20) as engine:
+        ((_, (response,)),) = engine.generate([prompt], 1, Sampling(1.0, 20, seed=0))
+    expected = logprobs_of(policy, prompt, response.tokens, 1.0)
+    assert torch.tensor(response.sampler_logprobs) == pytest.approx(expected, abs=2e-5)
+
+
 def test_a_cache_too_small_for_one_response_says_what_would_fit():
     config = AutoConfig.for_model("qwen3", hidden_size=4096, num_hidden_layers=80, num_key_value_heads=64,
                                   num_attention_heads=64, head_dim=128)
     with pytest.raises(ModelError, match=r"one response of 10000000 tokens .* at most \d+ tokens fit"):
-        kv_cache_bytes(config, torch.float32, CPU, max_tokens=10_000_000, sequences=8)
+        kv_cache_bytes(config, Config(device="cpu"), max_tokens=10_000_000)
     small = AutoConfig.for_model("qwen3", hidden_size=64, num_hidden_layers=2, num_key_value_heads=2,
                                  num_attention_heads=4, head_dim=32)
-    assert kv_cache_bytes(small, torch.float32, CPU, max_tokens=100, sequences=8) == 2 * 2 * 2 * 32 * 4 * 228 * 8
+    cache = kv_cache_bytes(small, Config(device="cpu", rollouts_per_batch=8), max_tokens=100)
+    assert cache == 2 * 2 * 2 * 32 * 4 * 228 * 8  # keys and values, layers, heads, width, bytes, tokens, sequences
 
 
-def test_a_model_that_vllm_refuses_is_one_error(tmp_path):
+def test_what_vllm_refuses_is_one_error(tmp_path):
+    folder = saved(tiny_model("qwen3", tied=True, head_dim=8), tmp_path)  # its CPU kernels know no such narrow heads
+    with vllm_engine(folder) as engine, pytest.raises(EngineError, match=r"while it generated \(Unsupported CPU"):
+        dict(engine.generate(prompts(), 1, Sampling(1.0, 5, seed=0)))
+    (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"engine is vllm: it does not start .* --engine hf"):
-        VLLMEngine(str(saved(tiny_model("qwen3", tied=True, head_dim=32), tmp_path)), TOKENIZER,
-                   Config(device="cpu"), max_tokens=1000)  # more than the model's positions
+        VLLMEngine(str(folder), TOKENIZER, Config(device="cpu"), max_tokens=100)
 
 
 def test_on_a_cpu_vllm_is_used_only_when_asked_for():
