@@ -1133,8 +1133,8 @@ def finish(run: Run, config: Config, display: Display, interrupted: bool) -> Non
     display.note("try next")
     display.note(f"  python train.py --resume {folder} --steps {2 * config.total_steps}    # train longer")
     if config.preset == "toy":
-        display.note("  python train.py --no-rescue --no-substitute    # plain GRPO, for comparison")
         display.note("  python train.py --temperature 1.4    # more diverse, less accurate rollouts")
+        display.note("  python train.py ablate    # each mechanism off in turn, for hours")
     else:
         display.note(f"  python train.py plot {folder}    # draw the curves again")
 
@@ -1247,8 +1247,8 @@ def run_ablation(options: Ablate, config: Config, display: Display) -> None:
     if options.seeds < 1 or not 0 < options.target < 1:
         raise ConfigError(f"seeds is {options.seeds}, target {options.target}: give at least 1, and a pass rate")
     if config.resume or config.run_dir or config.eval_every < 0:
-        raise ConfigError("resume, run_dir or eval_every -1 is set: ablate makes and resumes runs of its own (--out) and "
-                          "compares their evaluations")
+        raise ConfigError("resume, run_dir or eval_every -1 is set: ablate makes and resumes runs of its own in --out, "
+                          "and compares evaluations")
     runs: dict[str, list[Run]] = defaultdict(list)  # variant -> one run per seed
     for seed in range(config.seed, config.seed + options.seeds):
         seeded = replace(config, seed=seed)
