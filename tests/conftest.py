@@ -50,12 +50,14 @@ def random_rollouts(count: int, seed: int = 0, longest: int = 40) -> list[Rollou
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
-    torch.set_num_threads(2)
+    """More threads wait for each other for longer than these models take."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    return {**os.environ, "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")), "HF_HUB_OFFLINE": "1"}
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": cache, "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,6 @@ BENCHMARKS = Path(__file__).parents[2] / "shared" / "assets" / "benchmarks"
 needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the shared assets are not here")
 TOKENIZER = data.toy_tokenizer()
 SUMS = ["1 + 1", "1 + 2", "2 + 1", "3 + 4"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On a busy machine, threads that wait for each other take many times as long for models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
