@@ -24,6 +24,7 @@ import statistics
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -36,6 +37,7 @@ from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 import data
 from data import DataError
@@ -341,6 +343,7 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process, not in one beside
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        warnings.filterwarnings("ignore", module="vllm|torch.jit")  # of what they will change in themselves
         from vllm import LLM
 
         device = resolve_device(settings.device)
@@ -1100,6 +1103,7 @@ def main(arguments: Sequence[str]) -> None:
         if arguments and arguments[0] not in ("-h", "--help"):
             raise DataError(f"command is {arguments[0]}: give one of {', '.join(COMMANDS)}")
         return
+    transformers_logging.disable_progress_bar()
     options_class, command = COMMANDS[arguments[0]]
     command(tyro.cli(options_class, args=arguments[1:], prog=f"rollout.py {arguments[0]}"))
 
