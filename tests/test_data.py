@@ -177,7 +177,7 @@ def test_same_text_twice_names_both_rows(tmp_path: Path) -> None:
     ("problems.csv", b"a,b\n", "suffix .csv is not known: convert it to one of .jsonl, "),
     ("problems.parquet", b"PAR1 no", "not parquet .*fetch the file again"),
     ("problems.jsonl.gz", b"no gzip", "cannot be read .*fetch the file again"),
-    ("problems.jsonl.gz", gzip.compress(b'{"problem": "1+1?", "answer": 2}\n')[:-9], "cannot be read"),
+    ("problems.jsonl.gz", gzip.compress(b'{"problem": "1+1?", "answer": 2}\n', mtime=0)[:-9], "cannot be read"),
     ("problems.jsonl", b"\xff\xfe\n", "line 1: not JSON"),
 ])  # fmt: skip
 def test_bad_file(tmp_path: Path, name: str, content: bytes, message: str) -> None:
