@@ -141,9 +141,9 @@ class Common:
 
     def __post_init__(self) -> None:
         for name in ("max_prompt_tokens", "rollouts_per_batch", "reward_workers"):
-            _need(self, getattr(self, name) >= 1, name, "give at least 1")
+            require(self, getattr(self, name) >= 1, name, "give at least 1")
         for name in ("reward_timeout", "engine_timeout"):
-            _need(self, 0 < getattr(self, name) < math.inf, name, "give a value above 0")
+            require(self, 0 < getattr(self, name) < math.inf, name, "give a value above 0")
 
 
 @dataclass(frozen=True)
@@ -288,6 +288,11 @@ class Config(Common):
         """Steps of all stages; fewer come if a stage ends at a plateau."""
         return sum(stage.steps for stage in self.stages)
 
+    @property
+    def longest_response(self) -> int:
+        """Response limit of the stage with the highest, in tokens."""
+        return max(stage.max_response_tokens for stage in self.stages)
+
 
 def _with_total_steps(stages: tuple[Stage, ...], total: int) -> tuple[Stage, ...]:
     kept: list[Stage] = []
@@ -302,14 +307,15 @@ def _with_total_steps(stages: tuple[Stage, ...], total: int) -> tuple[Stage, ...
     return tuple(kept)
 
 
-def _need(settings: object, ok: bool, name: str, advice: str, value: object = None) -> None:
+def require(settings: object, ok: bool, name: str, advice: str, value: object = None) -> None:
+    """Raise a ValueError that names the setting, its value (unless another is shown) and what would be right."""
     if not ok:
         raise ValueError(f"{name} is {getattr(settings, name) if value is None else value}: {advice}")
 
 
 def _check(config: Config) -> None:
     def need(ok: bool, name: str, advice: str, value: object = None) -> None:
-        _need(config, ok, name, advice, value)
+        require(config, ok, name, advice, value)
 
     need(len(config.stages) > 0, "stages", "give at least one stage")
     for number, stage in enumerate(config.stages, start=1):

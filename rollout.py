@@ -42,7 +42,7 @@ from transformers.utils import logging as transformers_logging
 import data
 from data import DataError
 from polaris_mini import (
-    Common, Group, Problem, Rollout, Zones, mean_and_interval, mean_distinct_n, pass_at_k, pick_temperature,
+    Common, Group, Problem, Rollout, Zones, mean_and_interval, mean_distinct_n, pass_at_k, pick_temperature, require,
     temperature_grid, temperature_zones, yarn_config,
 )
 from reward import Grade, RewardPool, check_answer
@@ -732,24 +732,16 @@ class Command(Common):
     """Sample from the k likeliest tokens only; 0: off."""
     max_response_tokens: int = 32768
     """Response limit in tokens."""
+    rollouts: int | None = 8
+    """Rollouts per problem."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, ok, advice in (
-            ("problems", self.problems >= 0, "give a number, or 0 for all"),
-            ("top_p", 0 < self.top_p <= 1, "give a share above 0, 1 at most"),
-            ("top_k", self.top_k >= 0, "give a number of tokens, or 0 for all"),
-            ("max_response_tokens", self.max_response_tokens >= 1, "give at least 1"),
-            ("rollouts", getattr(self, "rollouts", None) is None or self.rollouts >= 1,  # type: ignore[attr-defined]
-             "give at least 1"),
-            ("temperature", 0 < getattr(self, "temperature", 1.0) < math.inf, "give a value above 0"),
-            ("yarn_factor", 1 <= getattr(self, "yarn_factor", 1.0) < math.inf, "give 1 (off) or more"),
-            ("yarn_attention_scale", 0 < getattr(self, "yarn_attention_scale", 1.0) < math.inf, "give a value above 0"),
-            ("length_bounds", _rising(getattr(self, "length_bounds", ())), "give rising numbers of tokens"),
-            ("limits", _rising(getattr(self, "limits", ())), "give rising numbers of tokens"),
-        ):
-            if not ok:
-                raise ValueError(f"{name} is {getattr(self, name)}: {advice}")
+        require(self, self.problems >= 0, "problems", "give a number, or 0 for all")
+        require(self, 0 < self.top_p <= 1, "top_p", "give a share above 0, 1 at most")
+        require(self, self.top_k >= 0, "top_k", "give a number of tokens, or 0 for all")
+        require(self, self.max_response_tokens >= 1, "max_response_tokens", "give at least 1")
+        require(self, self.rollouts is None or self.rollouts >= 1, "rollouts", "give at least 1")
 
 
 def _rising(numbers: Sequence[int]) -> bool:
@@ -768,6 +760,10 @@ class Measure(Command):
     """Rollouts per problem. Source: blog (8)."""
     temperature: float = 0.6
     """Sampling temperature. Source: blog (0.6 in its analysis; that of its filter is not published)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, 0 < self.temperature < math.inf, "temperature", "give a value above 0")
 
 
 @dataclass(frozen=True)
@@ -816,6 +812,14 @@ class Eval(Command):
     """Borders of the buckets of response length, in tokens. Source: blog."""
     limits: tuple[int, ...] = (32768, 49152, 65536, 81920)
     """Response limits, in tokens, for which the accuracy is given too. Source: blog (of the context)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, 0 < self.temperature < math.inf, "temperature", "give a value above 0")
+        require(self, 1 <= self.yarn_factor < math.inf, "yarn_factor", "give 1 (off) or more")
+        require(self, 0 < self.yarn_attention_scale < math.inf, "yarn_attention_scale", "give a value above 0")
+        for name in ("length_bounds", "limits"):
+            require(self, _rising(getattr(self, name)), name, "give rising numbers of tokens")
 
 
 class Session:
@@ -999,13 +1003,11 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def plot_probe(curves: ProbeCurves, zones: Zones, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     grid = list(curves.accuracy)
-    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
     axis.errorbar(grid, list(curves.accuracy.values()), yerr=list(curves.noise.values()), marker="o", capsize=3,
                   label="accuracy, with the standard error of its distance to the best")
     axis.plot(grid, list(curves.distinct_4.values()), marker="s", label="distinct-4")
@@ -1020,7 +1022,6 @@ def plot_probe(curves: ProbeCurves, zones: Zones, path: Path) -> None:
     axis.set(xlabel="temperature", ylim=(0, 1))
     axis.legend(fontsize="small")
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 PUBLISHED_ROLLOUTS = {"aime24": 32, "aime25": 32, "amc23": 8, "minerva": 4, "olympiad": 4}

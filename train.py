@@ -261,8 +261,8 @@ def evaluate_policy(
     """Measure the held-out pass rate, unless Ctrl-C ends it; a resume then does it again."""
     first = config.stages[0].temperature
     temperature = config.eval_temperature or (1.0 if first == "auto" else first)
-    longest = max(stage.max_response_tokens for stage in config.stages)
-    sampling = Sampling(temperature, longest, seed=config.seed)  # the same draws each time: less noise in a difference
+    # the same draws each time: less noise in a difference
+    sampling = Sampling(temperature, config.longest_response, seed=config.seed)
     result: Evaluation | None = None
     with interrupt.may_drop_step(), display.phase("evaluation") as on_tokens:
         setup.engine.wake(setup.policy)
@@ -307,17 +307,9 @@ def update_policy(
     share, so micro-batches change memory only. Rollouts without advantage have no gradient and are not forwarded, but
     their tokens count in the division.
     """
-    shares = [share for share in (groups[i :: config.updates_per_batch] for i in range(config.updates_per_batch))
-              if any(rollout.advantage for group in share for rollout in group.rollouts)]
-    if not shares:
+    packed = pack_shares(groups, config, causal_lm(policy).device)
+    if not packed:
         return Update()
-    device = causal_lm(policy).device
-    packed = []
-    for share in shares:
-        weighted = [(rollout, group.weight) for group in share for rollout in group.rollouts]
-        tokens = sum(len(rollout.response_tokens) * weight for rollout, weight in weighted)
-        rows = pack([pair for pair in weighted if pair[0].advantage], config.tokens_per_micro_batch, device)
-        packed.append((rows, tokens))
     policy.train()
     if len(packed) > 1:  # with a single update the current log-probs are the old ones: no extra forward pass
         with torch.no_grad():
@@ -325,10 +317,7 @@ def update_policy(
                 for row in rows:
                     row.old_logprobs = token_logprobs(policy, row, temperature, config)[0]
 
-    auto = "tis" if uses_vllm(config) else "ignore"
-    kind = auto if config.mismatch == "auto" else config.mismatch
-    corrections: dict[str, Callable[..., torch.Tensor]] = {"tis": truncated_ratio, "icepop": icepop_ratio}
-    correction = corrections.get(kind)  # None: ignore
+    correction = mismatch_correction(config)
     sums: dict[str, float] = defaultdict(float)
     ratio_max, grad_norms = 0.0, []
     for rows, tokens in packed:
@@ -339,14 +328,7 @@ def update_policy(
                 logprobs, old_logprobs, row.advantages,
                 clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
             )  # (M,), (M,)
-            weights = row.weights
-            if correction is not None:
-                ratio = correction(old_logprobs, row.sampler_logprobs)
-                weights = weights.where(row.rescued, weights * ratio)
-                unchanged = ratio == (old_logprobs - row.sampler_logprobs).exp()
-                sums["cut"] += (~unchanged & ~row.rescued).sum().item()
-            if config.rescue_ratio == "stored" and row.rescued.any():
-                weights = weights.where(~row.rescued, weights * truncated_ratio(old_logprobs, row.sampler_logprobs))
+            weights, cut = token_weights(row, old_logprobs, correction, config)  # (M,)
             row_loss = (loss * weights).sum() / tokens
             scaler.scale(row_loss).backward()
             # trainer against sampler, with the same weights; in float64, as the KL below is a difference of near equals
@@ -356,6 +338,7 @@ def update_policy(
             sums["loss"] += row_loss.item()
             sums["entropy"] += entropy.sum().item()
             sums["clipped"] += clipped.sum().item()
+            sums["cut"] += cut
             sums["kl"] += (difference.exp() - 1 - difference).sum().item()
             sums["ratio"] += difference.exp().sum().item()
             ratio_max = max(ratio_max, difference.exp().max().item() if len(difference) else 0.0)
@@ -372,6 +355,48 @@ def update_policy(
         tokens=(forwarded := sum(row.input_ids.numel() for rows, _ in packed for row in rows)),
         tokens_saved=sum(_row_tokens(r) * group.weight for group in groups for r in group.rollouts) - forwarded,
     )
+
+
+def pack_shares(groups: Sequence[Group], config: Config, device: torch.device) -> list[tuple[list[Row], int]]:
+    """Pack each optimizer step's share, with its weighted number of response tokens; none if nothing has advantages."""
+    packed = []
+    for i in range(config.updates_per_batch):
+        weighted = [(rollout, group.weight) for group in groups[i :: config.updates_per_batch]
+                    for rollout in group.rollouts]
+        tokens = sum(len(rollout.response_tokens) * weight for rollout, weight in weighted)
+        trained = [pair for pair in weighted if pair[0].advantage]
+        if trained:
+            packed.append((pack(trained, config.tokens_per_micro_batch, device), tokens))
+    return packed
+
+
+Correction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def mismatch_correction(config: Config) -> Correction | None:
+    """Return what weighs the sampler's tokens by their probability for the trainer; None leaves them as they are."""
+    auto = "tis" if uses_vllm(config) else "ignore"
+    corrections: dict[str, Correction] = {"tis": truncated_ratio, "icepop": icepop_ratio}
+    return corrections.get(auto if config.mismatch == "auto" else config.mismatch)
+
+
+def token_weights(
+    row: Row, old_logprobs: torch.Tensor, correction: Correction | None, config: Config
+) -> tuple[torch.Tensor, int]:
+    """Return each token's weight in the loss, (M,), and of how many sampled tokens the correction cut the ratio.
+
+    Its group's places times, where that is asked for, its probability for the policy over that for who wrote it: the
+    engine, or in a rescued rollout an earlier policy.
+    """
+    weights, cut = row.weights, 0
+    if correction is not None:
+        ratio = correction(old_logprobs, row.sampler_logprobs)
+        weights = weights.where(row.rescued, weights * ratio)
+        unchanged = ratio == (old_logprobs - row.sampler_logprobs).exp()
+        cut = int((~unchanged & ~row.rescued).sum())
+    if config.rescue_ratio == "stored" and row.rescued.any():
+        weights = weights.where(~row.rescued, weights * truncated_ratio(old_logprobs, row.sampler_logprobs))
+    return weights, cut
 
 
 def loss_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
@@ -595,12 +620,13 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
         f"parameters; {len(training):,} training and {len(evaluation):,} held-out problems; "
         f"engine {'vllm' if vllm else 'hf'}; run folder {run.folder}"
     )
-    engine: Engine = HFEngine(policy, tokenizer, config)
+    engine: Engine
     if vllm:
-        longest = max(len(problem.prompt_tokens) for problem in [*training, *evaluation]) + max(
-            stage.max_response_tokens for stage in config.stages)
+        longest = max(len(problem.prompt_tokens) for problem in [*training, *evaluation]) + config.longest_response
         engine = VLLMEngine(base_model(str(source)), tokenizer, config, max_tokens=longest, weights="policy",
                             reserved_bytes=optimizer_bytes(policy, config))
+    else:
+        engine = HFEngine(policy, tokenizer, config)
     pool = reward_pool(config, tokenizer)
     setup = Setup(tokenizer, policy, optimizer, scaler, engine, pool, evaluation, state)
     if warmup and checkpoint is None:
@@ -680,7 +706,7 @@ def check_packing(policy: torch.nn.Module, config: Config) -> None:
     """
     model = causal_lm(policy)
     compute_dtype = resolve_dtype(config, model.device)
-    longest = config.max_prompt_tokens + max(stage.max_response_tokens for stage in config.stages)
+    longest = config.max_prompt_tokens + config.longest_response
     window = getattr(model.config, "sliding_window", None)
     if window is not None and window < longest:
         raise ModelError(f"model is {config.model}: its sliding window has {window} tokens, prompt and response may "
@@ -1006,6 +1032,7 @@ def step_metrics(
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     tokens = [len(rollout.response_tokens) for rollout in rollouts]
     rates = [group.pass_rate for group in groups]
+    texts = [[rollout.text for rollout in group.rollouts] for group in groups]
     seconds = time.perf_counter() - clock.start
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_process_bytes()
     return {
@@ -1021,10 +1048,8 @@ def step_metrics(
         "response/tokens_max": max(tokens),
         "response/truncated": sum(rollout.truncated for rollout in rollouts) / len(rollouts),
         "sampling/temperature": state.temperature,
-        "diversity/distinct_4": mean_distinct_n([[r.text for r in group.rollouts] for group in groups]),
-        "diversity/distinct_4_fixed": none_if_nan(
-            mean_distinct_n([[r.text for r in group.rollouts] for group in groups], words=config.diversity_words)
-        ),
+        "diversity/distinct_4": mean_distinct_n(texts),
+        "diversity/distinct_4_fixed": none_if_nan(mean_distinct_n(texts, words=config.diversity_words)),
         "policy/entropy": update.entropy,
         "policy/loss": update.loss,
         "policy/clip_fraction": update.clip_fraction,
@@ -1144,17 +1169,15 @@ def draw(folder: Path) -> Path:
 
     Raises: DataError if the folder has no metrics.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     lines = list(data.read_lines(folder / "metrics.jsonl"))
     if not lines:
         raise DataError(f"{folder}: no metrics.jsonl with a step in it; give the folder of a run")
     evaluations = list(data.read_lines(folder / "evaluations.jsonl"))
     steps = [line["step"] for line in lines]
-    figure, axes = pyplot.subplots(3, 3, figsize=(15, 12), layout="constrained")
+    figure = Figure(figsize=(15, 12), layout="constrained")
+    axes = figure.subplots(3, 3)
 
     def curves(axis: Any, title: str, **named: str) -> None:
         for label, metric in named.items():
@@ -1196,7 +1219,6 @@ def draw(folder: Path) -> Path:
     path = folder / "plots" / "run.png"
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
     return path
 
 
@@ -1361,12 +1383,10 @@ def ablation_table(runs: dict[str, list[Run]], target: float) -> str:
 
 def draw_ablation(runs: dict[str, list[Run]], path: Path) -> Path:
     """Draw the variants over time, each as its mean over seeds."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    axes = figure.subplots(2, 2)
     for number, (name, several) in enumerate(runs.items()):
         metrics = [list(data.read_lines(run.folder / "metrics.jsonl")) for run in several]
         evaluations = [list(data.read_lines(run.folder / "evaluations.jsonl")) for run in several]
@@ -1389,7 +1409,6 @@ def draw_ablation(runs: dict[str, list[Run]], path: Path) -> Path:
         axis.set(xlabel=x, ylabel=y)
     axes[0, 0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
     return path
 
 

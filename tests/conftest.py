@@ -1,6 +1,7 @@
 """Tiny real models, tokenizers and problems, made in a moment and without a download."""
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -13,6 +14,7 @@ from transformers import (
     LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM,
 )
 
+import data
 import train  # noqa: F401  registers the packed attention
 from polaris_mini import Rollout
 
@@ -20,6 +22,18 @@ ROOT = Path(__file__).parents[1]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "intermediate_size": 64, "max_position_embeddings": 256, "eos_token_id": 3, "pad_token_id": 0,
          "bos_token_id": None, "vocab_size": 50}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def even_sums(path: Path, count: int) -> Path:
+    """Write problems that accept any even number: even a model that can hardly add is often right, and often not."""
+    rows = [{"problem": p.text, "answer": [str(n) for n in range(0, 30, 2)]}
+            for p in data.toy_problems(count, seed=5, terms=[2])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def tiny_model(kind: str, *, tied: bool, seed: int = 0, head_dim: int = 8) -> PreTrainedModel:

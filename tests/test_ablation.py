@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import even_sums, lines
 from transformers import AutoModelForCausalLM
 
 import data
@@ -20,17 +21,11 @@ SMALL = ["--warmup-steps", "30", "--prompts-per-step", "8", "--group-size", "4",
          "--eval-rollouts", "2", "--eval-every", "2", "--checkpoint-every", "2"]
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_with_all_mechanisms_off_training_is_plain_grpo_to_the_bit(environment, run_train, tmp_path, monkeypatch):
     """A loop that knows sampling, grading, advantages and the update, and nothing else, ends at the same weights."""
     monkeypatch.setenv("XDG_CACHE_HOME", environment["XDG_CACHE_HOME"])
-    rows = [{"problem": p.text, "answer": [str(n) for n in range(0, 30, 2)]}  # any even number: often right
-            for p in data.toy_problems(40, seed=5, terms=[2])]
-    (tmp_path / "even.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = [*SMALL, "--data", str(tmp_path / "even.jsonl"), "--stages", "2:1.0:40", "2:1.0:40", "--eval-every", "-1"]
+    even = even_sums(tmp_path / "even.jsonl", 40)
+    options = [*SMALL, "--data", str(even), "--stages", "2:1.0:40", "2:1.0:40", "--eval-every", "-1"]
     off = ["--no-rescue", "--no-substitute", "--mastered-above", "1"]
     result = run_train(*options, *off, "--run-dir", tmp_path / "run")
     assert result.returncode == 0, result.stderr

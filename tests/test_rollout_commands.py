@@ -18,7 +18,7 @@ from typing import Any
 import matplotlib.image
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import lines, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -70,10 +70,6 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 def run(name: str, model: Path, *arguments: object) -> None:
     rollout.main([name, "--model", str(model), "--max-response-tokens", "16", "--rollouts-per-batch", "8",
                   *map(str, arguments)])  # fmt: skip
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def strict(path: Path) -> dict[str, Any]:

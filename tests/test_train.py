@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, even_sums, lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
@@ -20,7 +21,6 @@ import train
 from polaris_mini import PRESETS, Config
 from rollout import load_model
 
-ROOT = Path(__file__).parents[1]
 SMALL = ["--warmup-steps", "30", "--prompts-per-step", "8", "--group-size", "4", "--max-response-tokens", "40",
          "--eval-problems", "8", "--eval-rollouts", "2", "--eval-every", "2", "--checkpoint-every", "2"]
 STEPS = 9  # enough that a kill or Ctrl-C after the first ones comes before the last
@@ -45,10 +45,6 @@ def finished(run_train, tmp_path_factory) -> Path:
     assert "before" in result.stdout
     assert "--resume" in result.stdout
     return folder
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -300,12 +296,10 @@ def test_stages_of_the_command_line_and_mastered_problems(run_train, tmp_path):
 def test_auto_temperatures_plateau_and_reset_are_the_same_after_a_resume(base_model, run_train, tmp_path):
     """Two auto stages, the first ended by a plateau; rescue has something to do, as problems come again."""
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    rows = [{"problem": p.text, "answer": [str(n) for n in range(0, 30, 2)]}  # any even number: often right
-            for p in data.toy_problems(60, seed=5, terms=[2])]
-    (tmp_path / "even.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    even = even_sums(tmp_path / "even.jsonl", 60)
     stages = ["--stages", "6:auto:40:plateau", "3:auto:48:reset", "--plateau-window", 1, "--probe-problems", 4,
               "--probe-temperatures", "0.6:1.2:0.3", "--mastered-above", 1, "--no-substitute"]
-    result = run_train("--model", base_model, "--data", tmp_path / "even.jsonl", *SMALL, "--eval-problems", 44,
+    result = run_train("--model", base_model, "--data", even, *SMALL, "--eval-problems", 44,
                        "--prompt-suffix", "", "--checkpoint-every", 1, "--keep-checkpoints", 99, *stages,
                        "--run-dir", straight)
     assert result.returncode == 0, result.stderr

@@ -2,14 +2,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, tiny_model
+from conftest import ROOT, even_sums, lines, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import data
@@ -190,19 +189,17 @@ def test_ratios_of_trainer_and_sampler():
     assert icepop_ratio(trainer, sampler).tolist() == pytest.approx([0.5, 0.0, 0.0, 1.5])
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_loop_on_vllm_learns_and_its_logprobs_are_the_trainers(run_train, tmp_path):
-    result = run_train("--engine", "vllm", "--warmup-steps", 150, "--stages", "6:1.0:64", "--prompts-per-step", 16,
-                       "--eval-problems", 16, "--eval-rollouts", 4, "--lr", "5e-4", "--run-dir", tmp_path / "run")
+def test_loop_runs_on_vllm_and_its_logprobs_are_the_trainers(run_train, tmp_path):
+    result = run_train("--engine", "vllm", "--data", even_sums(tmp_path / "even.jsonl", 60), "--warmup-steps", 150,
+                       "--stages", "6:1.0:64", "--prompts-per-step", 16, "--eval-problems", 16, "--eval-rollouts", 4,
+                       "--lr", "5e-4", "--run-dir", tmp_path / "run")
     assert result.returncode == 0, result.stderr
     assert "engine vllm" in result.stdout
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
     assert len(metrics) == 6
-    assert all(0 <= m["mismatch/kl"] < 1e-6 for m in metrics if m["policy/loss"] is not None)
-    assert all(m["mismatch/ratio_max"] < 1.01 for m in metrics if m["policy/loss"] is not None)
+    updated = [m for m in metrics if m["policy/loss"] is not None]
+    assert len(updated) >= 4
+    assert all(0 <= m["mismatch/kl"] < 1e-6 and m["mismatch/ratio_max"] < 1.01 for m in updated)
     assert metrics[-1]["time/sync"] > 0
 
 
