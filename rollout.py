@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -33,6 +33,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -127,6 +129,16 @@ def causal_lm(policy: torch.nn.Module) -> PreTrainedModel:
     return policy.get_base_model() if hasattr(policy, "get_base_model") else policy  # type: ignore[return-value, operator]
 
 
+def rank_count() -> int:
+    """Return how many processes train together, one per GPU."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_sharded(policy: torch.nn.Module) -> bool:
+    """Tell whether each rank holds a part of the weights only."""
+    return any(isinstance(parameter, DTensor) for parameter in policy.parameters())
+
+
 def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -187,7 +199,7 @@ class Engine(Protocol):
     def generate(
         self, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling,
         on_tokens: Callable[[int], None] | None = None,
-    ) -> Iterator[tuple[int, list[Response]]]:
+    ) -> Generator[tuple[int, list[Response]]]:
         """Yield each prompt's number with its `count` responses, as they finish; report new tokens to `on_tokens`."""
 
     def sleep(self) -> None:
@@ -215,8 +227,13 @@ class HFEngine:
         self.stop_tokens = torch.tensor(stop_tokens(tokenizer, model.generation_config), device=self.device)
 
     def wake(self, policy: torch.nn.Module) -> None:
-        """Nothing to copy: the engine reads the policy's own weights."""
-        self.policy = policy
+        """Read the policy's weights where they are; if they are sharded, copy them into the engine's own model."""
+        if is_sharded(policy):
+            own = self.policy.state_dict()
+            for name, weight in policy_weights(policy, self.dtype):
+                own[name].copy_(weight)
+        else:
+            self.policy = policy
 
     def sleep(self) -> None:
         """Nothing to free: the cache lives as long as a batch."""
@@ -227,7 +244,7 @@ class HFEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling,
         on_tokens: Callable[[int], None] | None = None,
-    ) -> Iterator[tuple[int, list[Response]]]:
+    ) -> Generator[tuple[int, list[Response]]]:
         """Yield each prompt's number with its responses. The same seed and prompts give the same responses."""
         generator = torch.Generator(self.device).manual_seed(sampling.seed)
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours need little padding
@@ -368,6 +385,7 @@ class VLLMEngine:
                 gpu_memory_utilization=0.01,  # what vLLM insists on finding free; the cache's size is given
                 skip_tokenizer_init=True,  # tokens in, tokens out
                 enable_sleep_mode=self.sleeps, enforce_eager=device.type != "cuda",
+                distributed_executor_backend="external_launcher" if rank_count() > 1 else None,  # one engine per rank
             )
         except (ValueError, RuntimeError, OSError) as error:
             raise ModelError(f"engine is vllm: it does not start with model {model} ({_first_line(error)}): lower "
@@ -407,7 +425,7 @@ class VLLMEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling,
         on_tokens: Callable[[int], None] | None = None,
-    ) -> Iterator[tuple[int, list[Response]]]:
+    ) -> Generator[tuple[int, list[Response]]]:
         """Yield each prompt's number with its responses, those that finish first first."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -487,7 +505,10 @@ def uses_vllm(settings: Common) -> bool:
 
 
 def policy_weights(policy: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield a policy's weights under their names in a checkpoint, tied ones too, each with its LoRA merged in."""
+    """Yield a policy's weights under their names in a checkpoint, tied ones too, each with its LoRA merged in.
+
+    Sharded ones come whole, so all ranks have to ask for them.
+    """
     model = causal_lm(policy)
     for name, weight in model.state_dict().items():
         if ".lora_" in name:
@@ -495,6 +516,8 @@ def policy_weights(policy: torch.nn.Module, dtype: torch.dtype) -> Iterator[tupl
         if name.endswith(".base_layer.weight"):
             adapted = model.get_submodule(name.removesuffix(".base_layer.weight"))
             weight = weight.float() + adapted.get_delta_weight("default").detach().float()  # type: ignore[operator]
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()
         yield name.replace(".base_layer.", "."), weight.to(dtype)
 
 
@@ -540,11 +563,13 @@ def sample_groups(
     """
     groups: dict[int, Group] = {}
     gradings = []
-    for i, responses in engine.generate([p.prompt_tokens for p in problems], group_size, sampling, on_tokens):
-        problem = problems[i]
-        groups[i] = Group(problem, [_rollout(problem, response, tokenizer) for response in responses])
-        for rollout in groups[i].rollouts:
-            gradings.append((rollout, pool.submit((rollout.text, problem.answers, rollout.truncated))))
+    prompts = [problem.prompt_tokens for problem in problems]
+    with contextlib.closing(engine.generate(prompts, group_size, sampling, on_tokens)) as finished:
+        for i, responses in finished:
+            problem = problems[i]
+            groups[i] = Group(problem, [_rollout(problem, response, tokenizer) for response in responses])
+            for rollout in groups[i].rollouts:
+                gradings.append((rollout, pool.submit((rollout.text, problem.answers, rollout.truncated))))
     return [groups[i] for i in range(len(problems))], gradings
 
 
@@ -826,6 +851,9 @@ class Session:
     """Draws and grades rollouts for a command, into a file that a second call goes on with."""
 
     def __init__(self, options: Command, path: Path) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ModelError(f"torchrun started {os.environ['WORLD_SIZE']} processes: this command runs on one GPU; "
+                             "start it with python")
         self.options, self.path = options, path
         self.device, self.vllm = resolve_device(options.device), uses_vllm(options)
         self.model = toy_folder() if options.model == "toy" else options.model

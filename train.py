@@ -5,16 +5,19 @@
     python train.py --resume runs/NAME [--steps 200]       # go on where a run stopped
     python train.py ablate                                 # what each mechanism does, in the toy world
     python train.py plot runs/NAME                         # draw its curves again
+    torchrun --nproc_per_node 2 train.py --model …         # on two GPUs
     python train.py --help                                 # every setting, with its source
 
 Read `train` first: it is the algorithm, one banner per step. Below it, in this order: the update (packing, log-probs,
-gradient), the policy (loading, LoRA, optimizers, warm start), checkpoints, and what a person sees while it runs.
+gradient), several GPUs, the policy (loading, LoRA, optimizers, warm start), checkpoints, and what a person sees while
+it runs.
 
-Left out: several GPUs, critics, KL and entropy terms, asynchronous rollouts.
+Left out: several machines, critics, KL and entropy terms, asynchronous rollouts.
 """
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import inspect
@@ -30,12 +33,14 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from rich.console import Console
@@ -44,6 +49,8 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -56,9 +63,9 @@ from polaris_mini import (
 )
 from reward import RewardPool
 from rollout import (
-    Engine, EngineError, Evaluation, HFEngine, Measure, ModelError, ProbeCurves, Sampling, VLLMEngine, autocast,
-    base_model, causal_lm, encode_prompts, evaluate, load_model, load_problems, load_tokenizer, resolve_device,
-    resolve_dtype, reward_pool, run_measure, sample_groups, set_rewards, uses_vllm,
+    Engine, EngineError, Evaluation, HFEngine, Measure, ModelError, ProbeCurves, Response, Sampling, VLLMEngine,
+    autocast, base_model, causal_lm, encode_prompts, evaluate, is_sharded, load_model, load_problems, load_tokenizer,
+    rank_count, resolve_device, resolve_dtype, reward_pool, run_measure, sample_groups, set_rewards, uses_vllm,
 )
 
 # ---------------------------------------------------------------------------- the loop
@@ -305,8 +312,9 @@ def update_policy(
 
     The loss is the weighted sum over response tokens divided once by the weighted number of response tokens in the
     share, so micro-batches change memory only. Rollouts without advantage have no gradient and are not forwarded, but
-    their tokens count in the division.
+    their tokens count in the division. Every rank takes its part of the rows.
     """
+    ask_ranks("update", groups, temperature)
     packed = pack_shares(groups, config, causal_lm(policy).device)
     if not packed:
         return Update()
@@ -342,7 +350,14 @@ def update_policy(
             sums["kl"] += (difference.exp() - 1 - difference).sum().item()
             sums["ratio"] += difference.exp().sum().item()
             ratio_max = max(ratio_max, difference.exp().max().item() if len(difference) else 0.0)
+            sums["forwarded"] += row.input_ids.numel()
+        sum_gradients(policy)
         grad_norms.append(apply_gradient(policy, optimizer, config.max_grad_norm, scaler))
+    if rank_count() > 1:
+        everyone: list[Any] = [None] * rank_count()
+        dist.all_gather_object(everyone, (sums, ratio_max))
+        sums = {name: sum(theirs[name] for theirs, _ in everyone) for name in sums}
+        ratio_max = max(theirs for _, theirs in everyone)
     return Update(
         loss=sums["loss"] / len(packed),
         entropy=sums["entropy"] / sums["tokens"],
@@ -352,8 +367,8 @@ def update_policy(
         ratio_cut=sums["cut"] / max(sums["sampled"], 1),
         ratio_max=ratio_max,
         grad_norm=norm if math.isfinite(norm := sum(grad_norms) / len(grad_norms)) else None,
-        tokens=(forwarded := sum(row.input_ids.numel() for rows, _ in packed for row in rows)),
-        tokens_saved=sum(_row_tokens(r) * group.weight for group in groups for r in group.rollouts) - forwarded,
+        tokens=int(sums["forwarded"]),
+        tokens_saved=sum(_row_tokens(r) * g.weight for g in groups for r in g.rollouts) - int(sums["forwarded"]),
     )
 
 
@@ -366,7 +381,7 @@ def pack_shares(groups: Sequence[Group], config: Config, device: torch.device) -
         tokens = sum(len(rollout.response_tokens) * weight for rollout, weight in weighted)
         trained = [pair for pair in weighted if pair[0].advantage]
         if trained:
-            packed.append((pack(trained, config.tokens_per_micro_batch, device), tokens))
+            packed.append((pack(trained, config.tokens_per_micro_batch, device, rank_count()), tokens))
     return packed
 
 
@@ -413,6 +428,8 @@ def apply_gradient(
     """
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_((p for p in policy.parameters() if p.requires_grad), max_norm)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     if not torch.isfinite(norm) and not scaler.is_enabled():  # a step would make every weight nan
         raise ModelError(f"the gradient's norm is {norm.item()}, the update was not made: go on from the last "
                          "checkpoint with a lower --lr")
@@ -444,8 +461,13 @@ class Row:
     """(M,) nats, of the policy before this batch's first update; None stands for the current ones."""
 
 
-def pack(weighted: Sequence[tuple[Rollout, int]], tokens_per_row: int, device: torch.device) -> list[Row]:
-    """Lay rollouts, each with its weight, into rows of at most `tokens_per_row` tokens; a longer one has its own."""
+def pack(
+    weighted: Sequence[tuple[Rollout, int]], tokens_per_row: int, device: torch.device, ranks: int = 1
+) -> list[Row]:
+    """Lay rollouts, each with its weight, into rows of at most `tokens_per_row` tokens; a longer one has its own.
+
+    Of several ranks each gets its part of the rows, all the same number of them.
+    """
     bins: list[list[tuple[Rollout, int]]] = []
     free: list[int] = []
     for pair in sorted(weighted, key=lambda pair: -_row_tokens(pair[0])):  # first fit decreasing
@@ -457,7 +479,11 @@ def pack(weighted: Sequence[tuple[Rollout, int]], tokens_per_row: int, device: t
             place = len(bins) - 1
         bins[place].append(pair)
         free[place] -= size
-    return [_row(content, device) for content in bins]
+    while len(bins) % ranks:  # a sharded model's forward pass is one of all ranks
+        longest = max(bins, key=len)
+        bins.remove(longest)
+        bins += [longest[::2], longest[1::2]]
+    return [_row(content, device) for content in (bins if ranks == 1 else bins[dist.get_rank() :: ranks])]
 
 
 def _row_tokens(rollout: Rollout) -> int:
@@ -522,7 +548,13 @@ def token_logprobs(
     policy: torch.nn.Module, row: Row, temperature: float, config: Config
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return log-prob and entropy of every response token of a row: (M,) and (M,) float32, nats, at `temperature`."""
-    model = causal_lm(policy)
+    forward = getattr(policy, "token_logprobs", functools.partial(_token_logprobs, causal_lm(policy)))  # see `shard`
+    return forward(row, temperature, config)  # type: ignore[operator]
+
+
+def _token_logprobs(
+    model: PreTrainedModel, row: Row, temperature: float, config: Config
+) -> tuple[torch.Tensor, torch.Tensor]:
     compute_dtype = resolve_dtype(config, model.device)
     with autocast(model.device, compute_dtype):
         hidden = model.base_model(
@@ -585,6 +617,173 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+# ------------------------------------------------------------------------ several GPUs
+
+
+def start_ranks(config: Config) -> None:
+    """Join the processes (ranks) that torchrun has started, one per GPU; without it there are none to join.
+
+    Rank 0 runs the loop. Where it needs the others it asks them, and all do the same on their part: generate every
+    N-th prompt, forward every N-th row of the update, gather a checkpoint.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return
+    if config.lora_rank == 0 and config.optimizer == "adamw8bit":
+        raise ConfigError("optimizer is adamw8bit: it cannot shard its state over several GPUs; take --optimizer adamw "
+                          "or --lora-rank 32")
+    for name in ("group_size", "prompts_per_step", *(["warmup_batch"] if config.warmup else [])):
+        if getattr(config, name) < count:
+            raise ConfigError(f"{name} is {getattr(config, name)}: give at least {count}, one for each GPU")
+    cuda = resolve_device(config.device).type == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # a rank that waits for a long response must not give up: torchrun ends all when one has died
+    dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=timedelta(days=7))
+
+
+def leads() -> bool:
+    """Tell whether this is the process that runs the loop, writes and speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def ask_ranks(*request: object) -> None:
+    """Let the other ranks, if there are some, do the same as rank 0, which calls this."""
+    if rank_count() > 1 and dist.get_rank() == 0:
+        dist.broadcast_object_list([request], device=torch.device("cpu"))
+
+
+def follow(setup: Setup, config: Config, interrupt: Interrupt) -> None:
+    """Do what rank 0 asks for until it is done: what every other rank's process is there for."""
+    while True:
+        request: list[Any] = [None]
+        dist.broadcast_object_list(request, device=torch.device("cpu"))
+        name, *arguments = request[0]
+        if name == "wake":
+            setup.engine.wake(setup.policy)
+        elif name == "generate":
+            generate_part(setup.engine, interrupt, *arguments)
+        elif name == "sleep":
+            setup.engine.sleep()
+        elif name == "update":
+            groups, temperature = arguments
+            update_policy(setup.policy, setup.optimizer, setup.scaler, groups, temperature, config)
+        elif name == "save":
+            whole_state(setup)
+        else:  # end
+            return
+
+
+class RanksEngine:
+    """The engines of all ranks as one: each generates its part of the prompts."""
+
+    def __init__(self, engine: Engine, interrupt: Interrupt) -> None:
+        self.engine, self.interrupt = engine, interrupt
+
+    def wake(self, policy: torch.nn.Module) -> None:
+        """Let every engine take the policy's weights over.
+
+        Raises: ModelError: the others are in the middle of it, so not even a checkpoint can be gathered.
+        """
+        with self.interrupt.must_finish():
+            ask_ranks("wake")
+            try:
+                self.engine.wake(policy)
+            except EngineError as error:
+                raise ModelError(str(error)) from error
+
+    def sleep(self) -> None:
+        ask_ranks("sleep")
+        self.engine.sleep()
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> Generator[tuple[int, list[Response]]]:
+        """Yield rank 0's responses as they finish, then those of the others; `on_tokens` hears of rank 0's only."""
+        with self.interrupt.must_finish():
+            ask_ranks("generate", prompts, count, sampling)
+        parts: list[Any] = [None] * rank_count()
+        try:
+            for i, responses in self.engine.generate(prompts[:: len(parts)], count, sampling, on_tokens):
+                yield i * len(parts), responses
+        finally:  # after Ctrl-C too: the others come back
+            with self.interrupt.must_finish():
+                dist.gather_object(None, parts)
+        for part in parts[1:]:
+            if isinstance(part, EngineError):
+                raise part
+            yield from part
+
+
+def generate_part(
+    engine: Engine, interrupt: Interrupt, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling
+) -> None:
+    """Generate this rank's part of the prompts and send it to rank 0, or what went wrong."""
+    rank, ranks = dist.get_rank(), rank_count()
+    part: list[tuple[int, list[Response]]] | EngineError = []
+    try:
+        with interrupt.may_drop_step():
+            mine = engine.generate(prompts[rank::ranks], count, replace(sampling, seed=sampling.seed + rank))
+            part = [(rank + i * ranks, responses) for i, responses in mine]
+    except EngineError as error:
+        part = error
+    dist.gather_object(part)
+
+
+def sum_gradients(policy: torch.nn.Module) -> None:
+    """Add up the ranks' gradients; those of sharded weights were added up in the backward pass."""
+    for parameter in policy.parameters():
+        if rank_count() > 1 and parameter.grad is not None and not isinstance(parameter.grad, DTensor):
+            dist.all_reduce(parameter.grad)
+
+
+def shard(model: PreTrainedModel, device: torch.device) -> None:
+    """Give each rank its part of weights, gradients and optimizer state (FSDP2); layers come together when needed."""
+    mesh = dist.init_device_mesh(device.type, (rank_count(),))
+    for module in [*model.base_model.layers, model]:  # type: ignore[misc]
+        part = fully_shard(module, mesh=mesh)
+        part.set_gradient_divide_factor(1.0)  # a sum: the loss is divided by the tokens of all ranks
+        part.set_force_sum_reduction_for_comms(True)
+    model.token_logprobs = functools.partial(_token_logprobs, model)  # type: ignore[assignment]
+    register_fsdp_forward_method(model, "token_logprobs")  # embedding and head are brought together for it
+
+
+def whole_state(setup: Setup) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
+    """Return the weights if they are sharded, else None, and the optimizer's state, both whole and on rank 0 only."""
+    ask_ranks("save")
+    weights = None
+    if is_sharded(setup.policy):
+        weights = {name: _whole(weight) for name, weight in setup.policy.state_dict().items()}
+    optimizer = setup.optimizer.state_dict()
+    states = {number: {name: _whole(value) for name, value in state.items()}
+              for number, state in optimizer["state"].items()}
+    return weights, {**optimizer, "state": states}
+
+
+def _whole(value: Any) -> Any:
+    if not isinstance(value, DTensor):
+        return value
+    tensor = value.full_tensor()
+    return tensor.cpu() if leads() else None
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Set an optimizer's state to one of `whole_state`, sharded as its parameters are."""
+    def like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+            return value
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states = {number: {name: like(parameters[number], value) for name, value in state.items()}
+              for number, state in saved["state"].items()}
+    optimizer.load_state_dict({**saved, "state": states})
+
+
 # -------------------------------------------------------------------------- the policy
 
 
@@ -604,27 +803,41 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
             f"prompts_per_step is {config.prompts_per_step}, but there are {len(training)} training problems: "
             "lower --prompts-per-step, or give more data"
         )
-    source = toy_model_folder(config, evaluation, display) if toy else config.model
+    if not leads():
+        dist.barrier()  # until rank 0 has made the toy model
+    source = str(toy_model_folder(config, evaluation, display)) if toy else config.model
+    if leads() and rank_count() > 1:
+        dist.barrier()
     checkpoint = run.newest_checkpoint()
-    policy = load_policy(config, str(source), checkpoint, device)
+    sharded = rank_count() > 1 and config.lora_rank == 0
+    policy = load_policy(config, source, checkpoint, torch.device("cpu") if sharded else device)
     check_packing(policy, config)
+    if sharded:
+        shard(causal_lm(policy), device)
     optimizer, scaler = make_optimizer(policy, config), loss_scaler(config, device)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    state = State(ProblemSampler(training, config.seed), Sink(run.folder / "sink.sqlite"))
+    if leads():
+        run.folder.mkdir(parents=True, exist_ok=True)
+    state = State(ProblemSampler(training, config.seed), Sink(run.folder / "sink.sqlite" if leads() else None))
     if checkpoint is not None:
         restore(state, optimizer, scaler, checkpoint, config)
-    state.sink.rewind(state.step)
-    run.start(config, state.step, training)
+    if leads():
+        state.sink.rewind(state.step)
+        run.start(config, state.step, training)
+    devices = f"{device}" if rank_count() == 1 else f"{rank_count()} x {device}"
     display.note(
-        f"{config.model} on {device}, {sum(p.numel() for p in policy.parameters() if p.requires_grad):,} trained "
+        f"{config.model} on {devices}, {sum(p.numel() for p in policy.parameters() if p.requires_grad):,} trained "
         f"parameters; {len(training):,} training and {len(evaluation):,} held-out problems; "
         f"engine {'vllm' if vllm else 'hf'}; run folder {run.folder}"
     )
     engine: Engine
     if vllm:
         longest = max(len(problem.prompt_tokens) for problem in [*training, *evaluation]) + config.longest_response
-        engine = VLLMEngine(base_model(str(source)), tokenizer, config, max_tokens=longest, weights="policy",
+        engine = VLLMEngine(base_model(source), tokenizer, config, max_tokens=longest, weights="policy",
                             reserved_bytes=optimizer_bytes(policy, config))
+    elif sharded:
+        own_model = load_model(source, dtype=resolve_dtype(config, device), device=device,
+                               trust_remote_code=config.trust_remote_code)
+        engine = HFEngine(own_model, tokenizer, config)
     else:
         engine = HFEngine(policy, tokenizer, config)
     pool = reward_pool(config, tokenizer)
@@ -633,8 +846,9 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
         display.note(f"warm start: {config.warmup_steps} supervised steps on {len(warmup)} worked examples")
         examples = data.load_worked_examples(config.prompt_examples) if config.prompt_examples else []
         encoded = [data.encode_example(e, tokenizer, suffix=config.prompt_suffix, examples=examples) for e in warmup]
-        supervised_steps(policy, encoded, config, display)
-        save_checkpoint(setup, config, run)  # the warm start is paid for: a resume need not repeat it
+        supervised_steps(policy, encoded, config, display, rank_count())
+        if leads():
+            save_checkpoint(setup, config, run)  # the warm start is paid for: a resume need not repeat it
     return setup
 
 
@@ -696,7 +910,8 @@ def make_optimizer(policy: torch.nn.Module, config: Config) -> torch.optim.Optim
 def optimizer_bytes(policy: torch.nn.Module, config: Config) -> int:
     """Return what the optimizer's state will take once the first update has made it."""
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    return trained * {"adamw": 8, "adamw8bit": 2, "sgd": 0}[config.optimizer]
+    share = rank_count() if is_sharded(policy) else 1
+    return trained * {"adamw": 8, "adamw8bit": 2, "sgd": 0}[config.optimizer] // share
 
 
 def check_packing(policy: torch.nn.Module, config: Config) -> None:
@@ -740,7 +955,8 @@ def check_packing(policy: torch.nn.Module, config: Config) -> None:
 
 
 def supervised_steps(
-    policy: torch.nn.Module, examples: Sequence[tuple[list[int], list[int]]], config: Config, display: Display
+    policy: torch.nn.Module, examples: Sequence[tuple[list[int], list[int]]], config: Config, display: Display,
+    ranks: int = 1,
 ) -> None:
     """Teach worked examples (prompt tokens, response tokens) by `warmup_steps` steps of cross-entropy."""
     parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -755,9 +971,11 @@ def supervised_steps(
             chosen = [examples[next(order)] for _ in range(config.warmup_batch)]
             rollouts = [Rollout("", prompt, response, [0.0] * len(response), "", "stop") for prompt, response in chosen]
             tokens = sum(len(response) for _, response in chosen)
-            for row in pack([(rollout, 1) for rollout in rollouts], config.tokens_per_micro_batch, device):
+            for row in pack([(rollout, 1) for rollout in rollouts], config.tokens_per_micro_batch, device, ranks):
                 logprobs, _ = token_logprobs(policy, row, 1.0, config)
                 scaler.scale(-logprobs.sum() / tokens).backward()
+            if ranks > 1:
+                sum_gradients(policy)
             apply_gradient(policy, optimizer, 1.0, scaler)
             advance(1)
 
@@ -787,7 +1005,7 @@ def toy_model_folder(config: Config, evaluation: Sequence[Problem], display: Dis
         torch.__version__, data.TOY_SPECIAL, data.TOY_THINK, data.TOY_WORDS, data.TOY_TEMPLATE,
         *(inspect.getsource(source) for source in (
             data.toy_response, data.toy_tokenizer, data.encode_example, supervised_steps, pack, _row, packed_attention,
-            token_logprobs, HeadLogprobs, apply_gradient,
+            token_logprobs, _token_logprobs, HeadLogprobs, apply_gradient,
         )),
     ]
     name = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]
@@ -836,12 +1054,13 @@ def save_checkpoint(setup: Setup, config: Config, run: Run) -> None:
     state = setup.state
     if run.checkpoint(state.step).is_dir():
         return
+    weights, optimizer = whole_state(setup)
     with written_whole(run.checkpoint(state.step)) as folder:
-        setup.policy.save_pretrained(folder)  # type: ignore[operator]
+        setup.policy.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
         setup.tokenizer.save_pretrained(folder)
         torch.save(
             {
-                "optimizer": setup.optimizer.state_dict(),
+                "optimizer": optimizer,
                 "scaler": setup.scaler.state_dict(),
                 "sampler": state.sampler.state_dict(),
                 **{name: getattr(state, name) for name in SAVED_STATE},
@@ -864,7 +1083,7 @@ def restore(
     saved = torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True)
     for name in SAVED_STATE:
         setattr(state, name, saved[name])
-    optimizer.load_state_dict(saved["optimizer"])
+    load_optimizer(optimizer, saved["optimizer"])
     if scaler.is_enabled() and saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
     for parameters in optimizer.param_groups:  # the state's own values would win over a new --lr
@@ -1024,6 +1243,15 @@ class Interrupt:
         finally:
             self._droppable = False
 
+    @contextlib.contextmanager
+    def must_finish(self) -> Iterator[None]:
+        """Let Ctrl-C wait for the end of this part of such a block, in which other ranks take part."""
+        droppable, self._droppable = self._droppable, False
+        yield
+        self._droppable = droppable
+        if droppable and self.requested:
+            raise KeyboardInterrupt
+
 
 def step_metrics(
     config: Config, state: State, groups: Sequence[Group], batch: Sequence[Group], update: Update, clock: Clock
@@ -1094,7 +1322,7 @@ class Display:
     )
 
     def __init__(self, show_rows: bool = True) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, quiet=not leads())
         self.show_rows = show_rows
         self.rows = 0
 
@@ -1508,7 +1736,7 @@ def run_folder(config: Config) -> Path:
     if config.resume is not None:
         return Path(config.resume)
     folder = Path(config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if leads() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"run_dir is {folder}: it exists already; go on with --resume {folder}, or give another")
     return folder
 
@@ -1522,12 +1750,16 @@ def main(arguments: Sequence[str]) -> None:
         display.note(str(draw(Path(arguments[1]))))
         return
     if arguments[:1] == ["ablate"]:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("torchrun started several processes: ablate runs on one GPU; start it with python")
         options, others = tyro.cli(Ablate, args=arguments[1:], prog="train.py ablate", return_unknown_args=True)
         run_ablation(options, read_config(others), display)
         return
     config = read_config(arguments)
+    start_ranks(config)
     run, interrupted = run_training(config, display)
-    finish(run, config, display, interrupted)
+    if leads():
+        finish(run, config, display, interrupted)
 
 
 def run_training(config: Config, display: Display) -> tuple[Run, bool]:
@@ -1536,6 +1768,11 @@ def run_training(config: Config, display: Display) -> tuple[Run, bool]:
     setup = set_up(config, run, display)
     interrupt = Interrupt()
     with setup.pool, contextlib.closing(setup.engine):
+        if not leads():
+            follow(setup, config, interrupt)
+            return run, False
+        if rank_count() > 1:
+            setup.engine = RanksEngine(setup.engine, interrupt)
         if isinstance(setup.engine, VLLMEngine):
             setup.engine.on_hang = lambda: save_checkpoint(setup, config, run)
         try:
@@ -1543,6 +1780,7 @@ def run_training(config: Config, display: Display) -> tuple[Run, bool]:
         except EngineError:  # in the middle of a step, of which the policy has seen nothing yet
             save_checkpoint(setup, config, run)
             raise
+        ask_ranks("end")
     return run, interrupt.requested
 
 
