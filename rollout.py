@@ -402,6 +402,7 @@ class VLLMEngine:
         """Take the policy's weights over, then make the key-value cache."""
         with _engine_errors("took the weights over"):
             if self.sleeps:
+                torch.cuda.empty_cache()  # what the update has freed, PyTorch has kept
                 self.llm.wake_up(tags=["weights"])
             weights = policy_weights(policy, self.dtype)
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})

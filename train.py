@@ -635,8 +635,14 @@ def start_ranks(config: Config) -> None:
     for name in ("group_size", "prompts_per_step", *(["warmup_batch"] if config.warmup else [])):
         if getattr(config, name) < count:
             raise ConfigError(f"{name} is {getattr(config, name)}: give at least {count}, one for each GPU")
-    cuda = resolve_device(config.device).type == "cuda"
+    device = resolve_device(config.device)
+    if device.index is not None:
+        raise ConfigError(f"device is {config.device}: torchrun gives each process its own GPU; leave --device out")
+    cuda = device.type == "cuda"
     if cuda:
+        if torch.cuda.device_count() < count:
+            raise ConfigError(f"torchrun started {count} processes, but PyTorch sees {torch.cuda.device_count()} GPUs: "
+                              f"give --nproc_per_node {torch.cuda.device_count()}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # a rank that waits for a long response must not give up: torchrun ends all when one has died
     dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=timedelta(days=7))
@@ -1202,17 +1208,19 @@ def start_tracker(config: Config, folder: Path) -> Callable[[dict[str, float], i
 
 
 class Clock:
-    """Seconds per phase of one step."""
+    """Seconds per phase of one step, and the memory that is taken at its end."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
         self.seconds: dict[str, float] = defaultdict(float)
+        self.memory: dict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.seconds[phase] += time.perf_counter() - start
+        self.memory[phase] = memory_gib()
 
 
 class Interrupt:
@@ -1262,7 +1270,6 @@ def step_metrics(
     rates = [group.pass_rate for group in groups]
     texts = [[rollout.text for rollout in group.rollouts] for group in groups]
     seconds = time.perf_counter() - clock.start
-    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_process_bytes()
     return {
         "step": state.step,
         "stage": state.stage,
@@ -1296,7 +1303,8 @@ def step_metrics(
         "tokens/per_second": sum(tokens) / clock.seconds["rollout"],
         "tokens/update": update.tokens,
         "tokens/update_saved": update.tokens_saved,
-        "memory/peak_gib": memory / 2**30,
+        "memory/rollout_gib": clock.memory["rollout"],
+        "memory/update_gib": clock.memory["update"],
     }
 
 
@@ -1304,9 +1312,12 @@ def none_if_nan(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def peak_process_bytes() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def memory_gib() -> float:
+    """Return what is taken of the GPU's memory, by PyTorch's cache and vLLM too; without one, this process's peak."""
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
 class Display:

@@ -50,7 +50,7 @@ def lines_of_code(module: str) -> int:
 
 def test_whole_trainer_is_about_3000_lines_of_code_and_the_readme_counts_them_right():
     counts = {module: lines_of_code(module) for module in MAY_IMPORT}
-    assert sum(counts.values()) < 3200
+    assert sum(counts.values()) < 3400
     readme = (ROOT / "README.md").read_text()
     for module, count in counts.items():
         shown = re.search(rf"\| \[{module}\.py\].* \| (\d+) \|", readme)

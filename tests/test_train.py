@@ -32,7 +32,7 @@ METRICS = [
     "optim/grad_norm", "optim/lr", "time/rollout", "time/reward",
     "time/update", "time/sync", "time/step",
     "tokens/rollout", "tokens/per_second", "tokens/update", "tokens/update_saved",
-    "memory/peak_gib",
+    "memory/rollout_gib", "memory/update_gib",
 ]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, even_sums, lines, tiny_model
+from conftest import ROOT, even_sums, lines, perturb, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import data
@@ -49,14 +49,6 @@ def logprobs_of(model, prompt: list[int], response: list[int], temperature: floa
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt, *response]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
     return (logits / temperature).log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
-
-
-def perturb(policy: torch.nn.Module) -> None:
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
 
 
 @pytest.mark.parametrize(("kind", "tied"), [("qwen3", True), ("qwen3", False), ("qwen2", True), ("llama", False)])
@@ -189,14 +181,18 @@ def test_ratios_of_trainer_and_sampler():
     assert icepop_ratio(trainer, sampler).tolist() == pytest.approx([0.5, 0.0, 0.0, 1.5])
 
 
-def test_loop_runs_on_vllm_and_its_logprobs_are_the_trainers(run_train, tmp_path):
-    result = run_train("--engine", "vllm", "--data", even_sums(tmp_path / "even.jsonl", 60), "--warmup-steps", 150,
-                       "--stages", "6:1.0:64", "--prompts-per-step", 16, "--eval-problems", 16, "--eval-rollouts", 4,
-                       "--lr", "5e-4", "--run-dir", tmp_path / "run")
+@pytest.mark.parametrize("engine", ["vllm", "hf"])
+def test_policy_learns_and_its_logprobs_are_the_engines(run_train, tmp_path, engine):
+    result = run_train("--engine", engine, "--data", even_sums(tmp_path / "even.jsonl", 60), "--warmup-steps", 150,
+                       "--stages", "10:1.0:40", "--prompts-per-step", 16, "--eval-problems", 16, "--eval-rollouts", 4,
+                       "--lr", "3e-4", "--run-dir", tmp_path / "run")
     assert result.returncode == 0, result.stderr
-    assert "engine vllm" in result.stdout
+    assert f"engine {engine}" in result.stdout
+    before, after = lines(tmp_path / "run" / "evaluations.jsonl")
+    assert before["avg_at_k"] < 0.6
+    assert after["avg_at_k"] > before["avg_at_k"] + 0.3
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
-    assert len(metrics) == 6
+    assert len(metrics) == 10
     updated = [m for m in metrics if m["policy/loss"] is not None]
     assert len(updated) >= 4
     assert all(0 <= m["mismatch/kl"] < 1e-6 and m["mismatch/ratio_max"] < 1.01 for m in updated)

@@ -1,0 +1,151 @@
+"""What only a GPU can show: both engines in bfloat16, sleep and wake, and a 1.7B-shaped model that trains.
+
+    python -m pytest -m gpu -s tests/test_gpu.py    # -s shows the figures
+"""
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import perturb
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import data
+import train
+from polaris_mini import Config, Group, Problem, Rollout
+from rollout import HFEngine, Sampling, VLLMEngine
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DEVICE = torch.device("cuda")
+SMALL = {"hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 8,
+         "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936}
+QWEN3_1_7B = {**SMALL, "hidden_size": 2048, "num_hidden_layers": 28, "intermediate_size": 6144}
+
+
+def saved_model(folder: Path, sizes: dict[str, int]) -> Path:
+    """Save a Qwen3-shaped model with random weights, in bfloat16."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = Qwen3ForCausalLM(Qwen3Config(
+            tie_word_embeddings=True, bos_token_id=None, eos_token_id=3, initializer_range=0.05, **sizes
+        ))
+    model.bfloat16().save_pretrained(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def policy_and_engine(folder: Path, config: Config, max_tokens: int):
+    policy = train.load_policy(config, str(folder), None, DEVICE)
+    engine = VLLMEngine(str(folder), data.toy_tokenizer(), config, max_tokens=max_tokens, weights="policy",
+                        reserved_bytes=train.optimizer_bytes(policy, config))
+    with contextlib.closing(engine):
+        yield policy, engine
+    del policy
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def prompts(count: int, length: int = 64) -> list[list[int]]:
+    rng = random.Random(0)
+    return [[rng.randrange(4, 50_000) for _ in range(length)] for _ in range(count)]
+
+
+def groups_of(engine: HFEngine | VLLMEngine, given: list[list[int]], count: int, sampling: Sampling) -> list[Group]:
+    """Draw groups; half of each is called correct, so that there is something to learn."""
+    groups = []
+    for i, responses in engine.generate(given, count, sampling):
+        rollouts = [Rollout(str(i), given[i], r.tokens, r.sampler_logprobs, "", r.finish_reason, advantage=(-1.0) ** n)
+                    for n, r in enumerate(responses)]
+        groups.append(Group(Problem(str(i), "", ("1",)), rollouts))
+    return groups
+
+
+def differences(policy: torch.nn.Module, groups: list[Group], temperature: float, config: Config) -> torch.Tensor:
+    """Return trainer - sampler log-prob of every token."""
+    rows = train.pack([(r, 1) for group in groups for r in group.rollouts], 4096, DEVICE)
+    with torch.no_grad():
+        found = [train.token_logprobs(policy, row, temperature, config)[0] - row.sampler_logprobs for row in rows]
+    return torch.cat(found)
+
+
+def used_gib() -> float:
+    return train.memory_gib()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("engine_name", ["vllm", "hf"])
+def test_logprobs_of_engine_and_trainer_agree_within_rounding(tmp_path, engine_name, dtype):
+    """At T = 1.4, before and after a sync of other weights."""
+    if engine_name == "vllm":
+        pytest.importorskip("vllm")
+    config = Config(dtype=dtype, rollouts_per_batch=64)
+    folder = saved_model(tmp_path, SMALL)
+    sampling = Sampling(1.4, 256, seed=1)
+    with contextlib.ExitStack() as stack:
+        if engine_name == "vllm":
+            policy, engine = stack.enter_context(policy_and_engine(folder, config, 512))
+        else:
+            policy = train.load_policy(config, str(folder), None, DEVICE)
+            engine = HFEngine(policy, data.toy_tokenizer(), config)
+        before = None
+        for _ in range(2):
+            engine.wake(policy)
+            groups = groups_of(engine, prompts(8), 4, sampling)
+            engine.sleep()
+            difference = differences(policy, groups, 1.4, config)
+            print(f"\n{engine_name} {dtype}: |log-prob difference| mean {difference.abs().mean():.4f}, "
+                  f"max {difference.abs().max():.4f} over {len(difference)} tokens")
+            assert difference.abs().mean() < 0.03
+            assert difference.abs().max() < 0.5
+            if before is not None:  # the old responses are another policy's now
+                assert differences(policy, before, 1.4, config).abs().mean() > 0.1
+            before = groups
+            perturb(policy, 0.02)
+
+
+def test_sleep_frees_weights_and_cache_and_wake_brings_them_back(tmp_path):
+    pytest.importorskip("vllm")
+    config = Config(rollouts_per_batch=64)
+    with policy_and_engine(saved_model(tmp_path, SMALL), config, 2048) as (policy, engine):
+        asleep = used_gib()
+        for _ in range(3):
+            start = time.perf_counter()
+            engine.wake(policy)
+            seconds, awake = time.perf_counter() - start, used_gib()
+            assert len(groups_of(engine, prompts(4), 2, Sampling(1.0, 16, seed=0))) == 4
+            engine.sleep()
+            print(f"\nawake {awake:.2f} GiB, asleep {used_gib():.2f} GiB, wake with sync {seconds:.2f} s")
+            weights = sum(p.numel() for p in policy.parameters()) * 2 / 2**30
+            cache = 2 * 8 * 8 * 128 * 2 * (2048 + 128) * 64 / 2**30
+            assert awake - used_gib() > 0.9 * (weights + cache)
+            assert used_gib() < asleep + 0.3
+
+
+@pytest.mark.parametrize("settings", [{"lora_rank": 32, "lr": 1e-5, "optimizer": "adamw8bit"}, {"lr": 1e-6}],
+                         ids=["lora", "full"])  # fmt: skip
+def test_a_1_7b_model_trains_two_steps(tmp_path, settings):
+    pytest.importorskip("vllm")
+    config = Config(rollouts_per_batch=64, tokens_per_micro_batch=8192, gradient_checkpointing=True, engine="vllm",
+                    **settings)
+    with policy_and_engine(saved_model(tmp_path, QWEN3_1_7B), config, 1200) as (policy, engine):
+        optimizer, scaler = train.make_optimizer(policy, config), train.loss_scaler(config, DEVICE)
+        for step in range(2):
+            clock = train.Clock()
+            with clock("sync"):
+                engine.wake(policy)
+            with clock("rollout"):
+                groups = groups_of(engine, prompts(8), 8, Sampling(1.0, 1024, seed=step))
+            engine.sleep()
+            with clock("update"):
+                update = train.update_policy(policy, optimizer, scaler, groups, 1.0, config)
+                torch.cuda.synchronize()
+            tokens = sum(len(r.response_tokens) for group in groups for r in group.rollouts)
+            print(f"\nstep {step}: {tokens} tokens; seconds {dict(clock.seconds)}; GiB {dict(clock.memory)}; {update}")
+            assert update.grad_norm > 0
+            assert update.mismatch_kl < 0.01
+            assert update.ratio_mean == pytest.approx(1.0, abs=0.02)
