@@ -364,6 +364,9 @@ class VLLMEngine:
         from vllm import LLM
 
         device = resolve_device(settings.device)
+        if device.index:
+            raise ModelError(f"device is {settings.device}: vllm takes the first GPU that it sees; start with "
+                             f"CUDA_VISIBLE_DEVICES={device.index} and without --device, or take --engine hf")
         dtype = resolve_dtype(settings, device)
         self.sleeps, self.dtype = device.type == "cuda" and weights == "policy", dtype
         config = AutoConfig.from_pretrained(model, trust_remote_code=settings.trust_remote_code)
@@ -443,20 +446,19 @@ class VLLMEngine:
         try:
             with _engine_errors("generated"), self._watched() as alive:
                 while engine.has_unfinished_requests():
-                    outputs = engine.step()
-                    alive()
-                    for output in outputs:
-                        responses = [
-                            Response(list(o.token_ids), list(o.logprobs.logprobs),
-                                     "stop" if o.finish_reason == "stop" else "length")
-                            for o in output.outputs
-                        ]
+                    for output in engine.step():
+                        if failed := {o.finish_reason for o in output.outputs} - {"stop", "length"}:
+                            raise EngineError(f"engine is vllm: a response ended by {failed.pop()}; take --engine hf")
+                        responses = [Response(list(o.token_ids), list(o.logprobs.logprobs), o.finish_reason)
+                                     for o in output.outputs]
                         finished += sum(len(response.tokens) for response in responses)
                         yield int(output.request_id), responses
                     running = engine.output_processor.request_states.values()
                     tokens = finished + sum(state.detokenizer.num_output_tokens() for state in running)
-                    if on_tokens is not None:
-                        on_tokens(tokens - reported)
+                    if tokens > reported:
+                        alive()
+                        if on_tokens is not None:
+                            on_tokens(tokens - reported)
                     reported = tokens
         finally:
             engine.abort_request([str(i) for i in range(len(prompts))])  # what Ctrl-C has left

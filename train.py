@@ -183,7 +183,7 @@ def enter_stage(setup: Setup, config: Config, run: Run, display: Display, interr
         left = state.sampler.remove(gone, at_least=config.prompts_per_step)
         state.stage, state.stage_began, state.rewards = state.stage + 1, state.step, []
         if config.stages[state.stage - 1].reset_optimizer:
-            setup.optimizer.state.clear()
+            reset_optimizer(setup)
         display.note(f"stage {state.stage}: {len(gone)} problems are mastered and "
                      + (f"leave, {len(state.sampler)} stay" if left else "stay: too few would be left for a batch"))
     stage = config.stages[state.stage - 1]
@@ -271,6 +271,8 @@ def evaluate_policy(
     # the same draws each time: less noise in a difference
     sampling = Sampling(temperature, config.longest_response, seed=config.seed)
     result: Evaluation | None = None
+    if interrupt.requested:
+        return {}
     with interrupt.may_drop_step(), display.phase("evaluation") as on_tokens:
         setup.engine.wake(setup.policy)
         result = Evaluation.of(evaluate(
@@ -480,9 +482,12 @@ def pack(
         bins[place].append(pair)
         free[place] -= size
     while len(bins) % ranks:  # a sharded model's forward pass is one of all ranks
-        longest = max(bins, key=len)
-        bins.remove(longest)
-        bins += [longest[::2], longest[1::2]]
+        fullest = max(bins, key=len)
+        if len(fullest) > 1:
+            bins.remove(fullest)
+            bins += [fullest[::2], fullest[1::2]]
+        else:  # each has its own row already: forward the shortest once more, for nothing
+            bins.append([(min(weighted, key=lambda pair: _row_tokens(pair[0]))[0], 0)])
     return [_row(content, device) for content in (bins if ranks == 1 else bins[dist.get_rank() :: ranks])]
 
 
@@ -623,8 +628,8 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def start_ranks(config: Config) -> None:
     """Join the processes (ranks) that torchrun has started, one per GPU; without it there are none to join.
 
-    Rank 0 runs the loop. Where it needs the others it asks them, and all do the same on their part: generate every
-    N-th prompt, forward every N-th row of the update, gather a checkpoint.
+    Rank 0 runs the loop. Where weights, gradients or optimizer are concerned it asks the others, and all do the same on
+    their part: generate every N-th prompt, forward every N-th row of the update, gather a checkpoint. See `follow`.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
@@ -632,9 +637,6 @@ def start_ranks(config: Config) -> None:
     if config.lora_rank == 0 and config.optimizer == "adamw8bit":
         raise ConfigError("optimizer is adamw8bit: it cannot shard its state over several GPUs; take --optimizer adamw "
                           "or --lora-rank 32")
-    for name in ("group_size", "prompts_per_step", *(["warmup_batch"] if config.warmup else [])):
-        if getattr(config, name) < count:
-            raise ConfigError(f"{name} is {getattr(config, name)}: give at least {count}, one for each GPU")
     device = resolve_device(config.device)
     if device.index is not None:
         raise ConfigError(f"device is {config.device}: torchrun gives each process its own GPU; leave --device out")
@@ -674,10 +676,17 @@ def follow(setup: Setup, config: Config, interrupt: Interrupt) -> None:
         elif name == "update":
             groups, temperature = arguments
             update_policy(setup.policy, setup.optimizer, setup.scaler, groups, temperature, config)
+        elif name == "reset":
+            reset_optimizer(setup)
         elif name == "save":
             whole_state(setup)
         else:  # end
             return
+
+
+def reset_optimizer(setup: Setup) -> None:
+    ask_ranks("reset")
+    setup.optimizer.state.clear()
 
 
 class RanksEngine:
@@ -710,15 +719,18 @@ class RanksEngine:
         on_tokens: Callable[[int], None] | None = None,
     ) -> Generator[tuple[int, list[Response]]]:
         """Yield rank 0's responses as they finish, then those of the others; `on_tokens` hears of rank 0's only."""
-        with self.interrupt.must_finish():
-            ask_ranks("generate", prompts, count, sampling)
         parts: list[Any] = [None] * rank_count()
+        asked = False
         try:
+            with self.interrupt.must_finish():
+                ask_ranks("generate", prompts, count, sampling)
+                asked = True
             for i, responses in self.engine.generate(prompts[:: len(parts)], count, sampling, on_tokens):
                 yield i * len(parts), responses
-        finally:  # after Ctrl-C too: the others come back
-            with self.interrupt.must_finish():
-                dist.gather_object(None, parts)
+        finally:
+            if asked:  # after Ctrl-C too: the others come back with what they have
+                with self.interrupt.must_finish():
+                    dist.gather_object(None, parts)
         for part in parts[1:]:
             if isinstance(part, EngineError):
                 raise part
@@ -734,7 +746,7 @@ def generate_part(
     try:
         with interrupt.may_drop_step():
             mine = engine.generate(prompts[rank::ranks], count, replace(sampling, seed=sampling.seed + rank))
-            part = [(rank + i * ranks, responses) for i, responses in mine]
+            part = [] if interrupt.requested else [(rank + i * ranks, responses) for i, responses in mine]
     except EngineError as error:
         part = error
     dist.gather_object(part)
@@ -839,7 +851,7 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
     if vllm:
         longest = max(len(problem.prompt_tokens) for problem in [*training, *evaluation]) + config.longest_response
         engine = VLLMEngine(base_model(source), tokenizer, config, max_tokens=longest, weights="policy",
-                            reserved_bytes=optimizer_bytes(policy, config))
+                            reserved_bytes=0 if optimizer.state else optimizer_bytes(policy, config))
     elif sharded:
         own_model = load_model(source, dtype=resolve_dtype(config, device), device=device,
                                trust_remote_code=config.trust_remote_code)
@@ -872,6 +884,9 @@ def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
 def load_policy(config: Config, source: str, checkpoint: Path | None, device: torch.device) -> torch.nn.Module:
     """Load the model to train: whole with float32 weights, or its frozen base with LoRA adapters on top."""
     lora = config.lora_rank > 0
+    if lora and base_model(source) != source:
+        raise ModelError(f"model is {source}: it is a LoRA adapter, and a second one on top of it would lose it: go on "
+                         "with --resume RUN, or merge it into its base first (peft's merge_and_unload)")
     model = load_model(
         source if lora or checkpoint is None else str(checkpoint),
         dtype=resolve_dtype(config, device) if lora else torch.float32,  # lr 1e-6 is lost in bfloat16 weights
@@ -979,7 +994,7 @@ def supervised_steps(
             tokens = sum(len(response) for _, response in chosen)
             for row in pack([(rollout, 1) for rollout in rollouts], config.tokens_per_micro_batch, device, ranks):
                 logprobs, _ = token_logprobs(policy, row, 1.0, config)
-                scaler.scale(-logprobs.sum() / tokens).backward()
+                scaler.scale(-(logprobs * row.weights).sum() / tokens).backward()
             if ranks > 1:
                 sum_gradients(policy)
             apply_gradient(policy, optimizer, 1.0, scaler)
@@ -1223,6 +1238,10 @@ class Clock:
         self.memory[phase] = memory_gib()
 
 
+class StepDropped(KeyboardInterrupt):
+    """Ctrl-C in a block that may be left at once."""
+
+
 class Interrupt:
     """Ctrl-C while responses are generated drops the step; at any other time the step is finished first.
 
@@ -1235,10 +1254,11 @@ class Interrupt:
         signal.signal(signal.SIGINT, self._on_signal)
 
     def _on_signal(self, *_: object) -> None:
-        if self.requested or self._droppable:
-            self.requested = True
+        if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        if self._droppable:
+            raise StepDropped
 
     @contextlib.contextmanager
     def may_drop_step(self) -> Iterator[None]:
@@ -1246,7 +1266,7 @@ class Interrupt:
         self._droppable = True
         try:
             yield
-        except KeyboardInterrupt:
+        except StepDropped:
             pass
         finally:
             self._droppable = False
@@ -1258,7 +1278,7 @@ class Interrupt:
         yield
         self._droppable = droppable
         if droppable and self.requested:
-            raise KeyboardInterrupt
+            raise StepDropped
 
 
 def step_metrics(

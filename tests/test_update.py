@@ -202,6 +202,16 @@ def test_adamw8bit_keeps_large_weights_state_in_8_bits():
     assert optimizer.state[model.weight]["state1"].dtype == torch.uint8
 
 
+def test_a_lora_adapter_gets_no_second_one_on_top(tmp_path):
+    """peft would save the second with the first one's base, and the first would be lost."""
+    tiny_model("qwen3", tied=True).save_pretrained(tmp_path / "base")
+    config = Config(model=str(tmp_path / "base"), lora_rank=4)
+    load_policy(config, config.model, None, torch.device("cpu")).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ModelError, match=r"adapter: it is a LoRA adapter .* merge it"):
+        load_policy(config, str(tmp_path / "adapter"), None, torch.device("cpu"))
+    load_policy(Config(), str(tmp_path / "adapter"), None, torch.device("cpu"))  # every weight: merged, then trained
+
+
 def test_lora_trains_the_adapters_only_and_no_head():
     from peft import PeftModel
 

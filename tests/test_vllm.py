@@ -174,6 +174,12 @@ def test_on_a_cpu_vllm_is_used_only_when_asked_for():
     assert uses_vllm(Config(device="cpu", engine="vllm"))
 
 
+def test_vllm_takes_the_first_gpu_only(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ModelError, match=r"device is cuda:1: .* CUDA_VISIBLE_DEVICES=1"):
+        VLLMEngine(str(tmp_path), TOKENIZER, Config(device="cuda:1"), max_tokens=100)
+
+
 def test_ratios_of_trainer_and_sampler():
     """Source: TIS, min(trainer / sampler, 2); IcePop, 0 outside [0.5, 2]."""
     trainer, sampler = torch.tensor([0.25, 0.8, 0.1, 0.3]).log(), torch.tensor([0.5, 0.2, 0.3, 0.2]).log()
@@ -223,11 +229,12 @@ except train.ModelError as error:
 
 @pytest.mark.parametrize(("fault", "message"), [
     ("raise RuntimeError('the device is lost')", "it failed while it generated (the device is lost): lower"),
-    ("time.sleep(600)", "no new token for 20 s, it hangs: raise --engine-timeout"),
+    ("time.sleep(600)", "no new token for 8 s, it hangs: raise --engine-timeout"),
+    ("time.sleep(0.1); return []", "no new token for 8 s, it hangs: raise --engine-timeout"),  # busy with nothing
 ])  # fmt: skip
 def test_an_engine_that_fails_or_hangs_costs_no_finished_step(fault, message, environment, run_train, tmp_path):
     options = ["--engine", "vllm", "--warmup-steps", 30, "--stages", "9:1.0:40", "--prompts-per-step", 8,
-               "--group-size", 4, "--eval-every", -1, "--engine-timeout", 20, "--run-dir", tmp_path / "run"]
+               "--group-size", 4, "--eval-every", -1, "--engine-timeout", 8, "--run-dir", tmp_path / "run"]
     ended = subprocess.run([sys.executable, "-c", FAULT.format(fault=fault), *map(str, options)], cwd=ROOT,
                            env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode in (1, 2)
