@@ -1613,30 +1613,35 @@ class RunSummary:
 
 
 def ablation_table(runs: dict[str, list[Run]], target: float) -> str:
-    """Compare the variants in Markdown: means over seeds, with 95 % intervals where there are several."""
+    """Compare the variants in Markdown: means over seeds, with the 95 % interval where there are several.
+
+    A seed has problems and a model of its own, so a variant is compared with all mechanisms seed by seed.
+    """
     summaries = {name: [RunSummary.of(run, target) for run in several] for name, several in runs.items()}
     complete = summaries["all mechanisms"]
 
-    def shown(values: Sequence[float | None], form: str, scale: float = 1.0) -> str:
-        reached = [value * scale for value in values if value is not None]
-        if len(reached) < len(values):
-            return f"reached by {len(reached)} of {len(values)}"
-        mean, interval = mean_and_interval(reached)
-        return format(mean, form) + ("" if math.isnan(interval) else f" ± {format(interval, form.lstrip('+'))}")
+    def shown(found: list[RunSummary], metric: str, form: str, scale: float) -> str:
+        values, others = ([getattr(summary, metric) for summary in several] for several in (found, complete))
+        if None in values:
+            return f"reached by {len(values) - values.count(None)} of {len(values)}"
+        mean, interval = mean_and_interval([value * scale for value in values])
+        text = format(mean, form)
+        if found is not complete and None not in others:
+            difference, interval = mean_and_interval(
+                [(value - other) * scale for value, other in zip(values, others, strict=True)]
+            )
+            text += f" ({difference:+{form}}" + (")" if math.isnan(interval) else f" ± {interval:{form}})")
+        elif not math.isnan(interval):
+            text += f" ± {interval:{form}}"
+        return text
 
-    rows = [
-        ("variant", "held-out at the end, %", "against all, points", f"steps to {target:.0%}",
-         "generated, k tokens", "updated, k tokens", "informative, %", "distinct-4 at the end"),
-        ("---",) * 8,
-    ]  # fmt: skip
-    for name, found in summaries.items():
-        against = [one.final - other.final for one, other in zip(found, complete, strict=True)]  # paired by seed
-        rows.append((
-            name, shown([s.final for s in found], ".1f", 100),
-            "" if found is complete else shown(against, "+.1f", 100), shown([s.steps for s in found], ".0f"),
-            shown([s.generated for s in found], ".0f", 1e-3), shown([s.forwarded for s in found], ".0f", 1e-3),
-            shown([s.informative for s in found], ".0f", 100), shown([s.distinct_4 for s in found], ".3f"),
-        ))  # fmt: skip
+    columns = (
+        ("held-out at the end, %", "final", ".1f", 100), (f"steps to {target:.0%}", "steps", ".0f", 1),
+        ("generated, k tokens", "generated", ".0f", 1e-3), ("updated, k tokens", "forwarded", ".0f", 1e-3),
+        ("informative, %", "informative", ".0f", 100), ("distinct-4 at the end", "distinct_4", ".3f", 1),
+    )  # fmt: skip
+    rows = [["variant (against all mechanisms)", *(title for title, *_ in columns)], ["---"] * (1 + len(columns))]
+    rows += [[name, *(shown(found, *column[1:]) for column in columns)] for name, found in summaries.items()]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

@@ -108,7 +108,7 @@ def test_table_pairs_seeds_and_says_which_runs_did_not_reach_the_target(tmp_path
     head, _, complete, plain = train.ablation_table(runs, target=0.5).splitlines()
     assert "steps to 50%" in head
     assert complete.startswith("| all mechanisms | 70.0 ± ")
-    assert "| -15.0 ± 63.5 | reached by 1 of 2 |" in plain  # t(1) = 12.71; differences -10 and -20
+    assert "| 55.0 (-15.0 ± 63.5) | reached by 1 of 2 |" in plain  # t(1) = 12.71; differences -10 and -20
 
 
 def test_ablate_runs_every_variant_once_and_goes_on_where_it_stopped(run_train, tmp_path):
