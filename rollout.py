@@ -455,10 +455,10 @@ class VLLMEngine:
                         yield int(output.request_id), responses
                     running = engine.output_processor.request_states.values()
                     tokens = finished + sum(state.detokenizer.num_output_tokens() for state in running)
-                    if tokens > reported:
+                    if tokens != reported:  # fewer when a response waits for the rest of its group
                         alive()
-                        if on_tokens is not None:
-                            on_tokens(tokens - reported)
+                    if on_tokens is not None:
+                        on_tokens(tokens - reported)
                     reported = tokens
         finally:
             engine.abort_request([str(i) for i in range(len(prompts))])  # what Ctrl-C has left

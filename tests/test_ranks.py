@@ -102,8 +102,9 @@ def test_update_of_two_ranks_is_that_of_one(updated, kind, case):
     folder, one, two = updated[0], updated[1][kind, case], updated[2][kind, case]
     before = load_file(folder / kind / "model.safetensors")
     assert one["weights"].keys() == two["weights"].keys()
+    tolerance = 1e-5 if case == "reset" else 1e-6  # Adam's first step makes much of a gradient's last digits
     for name, weight in one["weights"].items():
-        assert torch.allclose(weight, two["weights"][name], rtol=0, atol=1e-6), name
+        assert torch.allclose(weight, two["weights"][name], rtol=0, atol=tolerance), name
     trained = [name for name, weight in one["weights"].items() if name in before and not weight.equal(before[name])]
     assert bool(trained) == (case != "lora")
     assert case != "lora" or all(weight.any() for name, weight in one["weights"].items() if "lora_B" in name)
@@ -132,7 +133,7 @@ def test_each_rank_packs_its_part_of_the_rows(monkeypatch):
 
 
 @pytest.fixture(scope="module", params=["hf", "vllm"])
-def run_of_two(request, environment, tmp_path_factory) -> tuple[str, Path]:
+def run_of_two(request, environment, tmp_path_factory) -> Path:
     if request.param == "vllm":
         pytest.importorskip("vllm")
     folder = tmp_path_factory.mktemp(request.param)
@@ -141,12 +142,11 @@ def run_of_two(request, environment, tmp_path_factory) -> tuple[str, Path]:
                        "--stages", "2:1.0:30", "2:1.0:40", "--run-dir", folder / "run")
     assert result.returncode == 0, result.stderr
     assert "2 x cpu" in result.stdout
-    return request.param, folder / "run"
+    return folder / "run"
 
 
 def test_both_ranks_generate_and_one_writes(run_of_two):
-    folder = run_of_two[1]
-    metrics, rollouts = lines(folder / "metrics.jsonl"), lines(folder / "rollouts.jsonl")
+    metrics, rollouts = lines(run_of_two / "metrics.jsonl"), lines(run_of_two / "rollouts.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3, 4]
     for m in metrics:
         found = [r for r in rollouts if r["step"] == m["step"]]
@@ -156,13 +156,13 @@ def test_both_ranks_generate_and_one_writes(run_of_two):
     updated = [m for m in metrics if m["policy/loss"] is not None]
     assert len(updated) >= 2
     assert all(m["mismatch/kl"] < 1e-6 and m["mismatch/ratio_max"] < 1.01 for m in updated)  # each with its own weights
-    assert [e["problems"] for e in lines(folder / "evaluations.jsonl")] == [9, 9]
-    assert (folder / "plots" / "run.png").exists()
+    assert [e["problems"] for e in lines(run_of_two / "evaluations.jsonl")] == [9, 9]
+    assert (run_of_two / "plots" / "run.png").exists()
 
 
+@pytest.mark.parametrize("run_of_two", ["hf"], indirect=True)
 def test_checkpoint_of_two_ranks_resumes_on_one_and_back(run_of_two, run_train, environment):
-    engine, folder = run_of_two
-    more = ["--resume", folder, "--engine", engine]
+    folder, more = run_of_two, ["--resume", run_of_two]
     result = run_train(*more, "--steps", 6)
     assert result.returncode == 0, result.stderr
     result = two_ranks(environment, ROOT / "train.py", *more, "--steps", 8)

@@ -207,7 +207,7 @@ def test_a_lora_adapter_gets_no_second_one_on_top(tmp_path):
     tiny_model("qwen3", tied=True).save_pretrained(tmp_path / "base")
     config = Config(model=str(tmp_path / "base"), lora_rank=4)
     load_policy(config, config.model, None, torch.device("cpu")).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ModelError, match=r"adapter: it is a LoRA adapter .* merge it"):
+    with pytest.raises(ModelError, match=r"adapter: it is a LoRA adapter, .* merge it"):
         load_policy(config, str(tmp_path / "adapter"), None, torch.device("cpu"))
     load_policy(Config(), str(tmp_path / "adapter"), None, torch.device("cpu"))  # every weight: merged, then trained
 
