@@ -1527,9 +1527,9 @@ def run_ablation(options: Ablate, config: Config, display: Display) -> None:
     """Do the runs that are missing, then compare all of them."""
     if options.seeds < 1 or not 0 < options.target < 1:
         raise ConfigError(f"seeds is {options.seeds}, target {options.target}: give at least 1, and a pass rate")
-    if config.resume or config.run_dir or config.eval_every < 0:
-        raise ConfigError("resume, run_dir or eval_every -1 is set: ablate makes and resumes runs of its own in --out, "
-                          "and compares evaluations")
+    if config.resume or config.run_dir or config.eval_every < 0 or config.track != "none":
+        raise ConfigError("resume, run_dir, eval_every -1 or track is set: ablate makes and resumes runs of its own in "
+                          "--out, and compares their evaluations")
     runs: dict[str, list[Run]] = defaultdict(list)  # variant -> one run per seed
     for seed in range(config.seed, config.seed + options.seeds):
         seeded = replace(config, seed=seed)

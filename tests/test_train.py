@@ -398,6 +398,7 @@ def test_parquet_in_verl_layout_trains(base_model, run_train, tmp_path):
         (["--resume", "FINISHED", "--seed", "4"], "seed is 4: in this run it was 0"),
         (["--resume", "FINISHED", "--eval-every", "-1"], "eval_every is -1: in this run it was 2"),
         (["ablate", "--resume", "FINISHED"], "ablate makes and resumes runs of its own"),
+        (["ablate", "--track", "tensorboard"], "or track is set: ablate makes"),
         (["ablate", "--seeds", "0"], "seeds is 0"),
         (["--run-dir", "FOLDER"], "it exists already; go on with --resume"),
     ],
