@@ -242,7 +242,7 @@ class Config(Common):
     # memory: changes nothing in the result
     tokens_per_micro_batch: int = 16384
     """Prompt and response tokens in one packed row; at least one rollout goes into each."""
-    logprob_chunk_tokens: int = 1024
+    logprob_chunk_tokens: int = 256
     """Tokens whose logits exist at the same time."""
     gradient_checkpointing: bool = False
     """Keep only each block's input and recompute the rest in the backward pass."""
@@ -672,8 +672,7 @@ PRESETS = {
 }
 _WORKSTATION: dict[str, Any] = {
     "prompts_per_step": 32, "max_response_tokens": 32768, "lora_rank": 32, "lr": 1e-5, "optimizer": "adamw8bit",
-    "gradient_checkpointing": True, "tokens_per_micro_batch": 33792, "logprob_chunk_tokens": 512,
-    "rollouts_per_batch": 16,
+    "gradient_checkpointing": True, "tokens_per_micro_batch": 33792, "rollouts_per_batch": 16,
 }  # fmt: skip
 """Source: the release's author on small machines (issues #4, #18: batch 32, up to 32768 tokens); LoRA is ours."""
 PRESETS |= {

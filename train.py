@@ -322,30 +322,26 @@ def update_policy(
         return Update()
     policy.train()
     if len(packed) > 1:  # with a single update the current log-probs are the old ones: no extra forward pass
-        with torch.no_grad():
-            for rows, _ in packed:
-                for row in rows:
-                    row.old_logprobs = token_logprobs(policy, row, temperature, config)[0]
+        for row in itertools.chain.from_iterable(packed):
+            row.old_logprobs = token_logprobs(policy, row, temperature, config)[0]
 
     correction = mismatch_correction(config)
+
+    def token_loss(row: Row, logprobs: torch.Tensor) -> torch.Tensor:
+        return scaler.scale(token_losses(row, logprobs, correction, config)[0])
+
     sums: dict[str, float] = defaultdict(float)
     ratio_max, grad_norms = 0.0, []
-    for rows, tokens in packed:
+    for rows in packed:
         for row in rows:
-            logprobs, entropy = token_logprobs(policy, row, temperature, config)  # (M,), (M,)
-            old_logprobs = logprobs.detach() if row.old_logprobs is None else row.old_logprobs
-            loss, clipped = policy_loss(
-                logprobs, old_logprobs, row.advantages,
-                clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
-            )  # (M,), (M,)
-            weights, cut = token_weights(row, old_logprobs, correction, config)  # (M,)
-            row_loss = (loss * weights).sum() / tokens
-            scaler.scale(row_loss).backward()
+            logprobs, entropy = token_logprobs(policy, row, temperature, config, token_loss)  # (M,), (M,)
+            losses, clipped, cut = token_losses(row, logprobs, correction, config)  # once more, for the log
             # trainer against sampler, with the same weights; in float64, as the KL below is a difference of near equals
+            old_logprobs = logprobs if row.old_logprobs is None else row.old_logprobs
             difference = (old_logprobs - row.sampler_logprobs)[~row.rescued].double()
-            sums["tokens"] += len(loss)
+            sums["tokens"] += len(losses)
             sums["sampled"] += len(difference)
-            sums["loss"] += row_loss.item()
+            sums["loss"] += losses.sum().item()
             sums["entropy"] += entropy.sum().item()
             sums["clipped"] += clipped.sum().item()
             sums["cut"] += cut
@@ -374,8 +370,8 @@ def update_policy(
     )
 
 
-def pack_shares(groups: Sequence[Group], config: Config, device: torch.device) -> list[tuple[list[Row], int]]:
-    """Pack each optimizer step's share, with its weighted number of response tokens; none if nothing has advantages."""
+def pack_shares(groups: Sequence[Group], config: Config, device: torch.device) -> list[list[Row]]:
+    """Pack each optimizer step's share of the groups, weights divided by its tokens; none if nothing has advantages."""
     packed = []
     for i in range(config.updates_per_batch):
         weighted = [(rollout, group.weight) for group in groups[i :: config.updates_per_batch]
@@ -383,7 +379,8 @@ def pack_shares(groups: Sequence[Group], config: Config, device: torch.device) -
         tokens = sum(len(rollout.response_tokens) * weight for rollout, weight in weighted)
         trained = [pair for pair in weighted if pair[0].advantage]
         if trained:
-            packed.append((pack(trained, config.tokens_per_micro_batch, device, rank_count()), tokens))
+            rows = pack(trained, config.tokens_per_micro_batch, device, rank_count())
+            packed.append([replace(row, weights=row.weights / tokens) for row in rows])
     return packed
 
 
@@ -395,6 +392,19 @@ def mismatch_correction(config: Config) -> Correction | None:
     auto = "tis" if uses_vllm(config) else "ignore"
     corrections: dict[str, Correction] = {"tis": truncated_ratio, "icepop": icepop_ratio}
     return corrections.get(auto if config.mismatch == "auto" else config.mismatch)
+
+
+def token_losses(
+    row: Row, logprobs: torch.Tensor, correction: Correction | None, config: Config
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Return each token's weighted loss, (M,), whether clipping stopped it, (M,), and how many ratios were cut."""
+    old_logprobs = logprobs.detach() if row.old_logprobs is None else row.old_logprobs
+    loss, clipped = policy_loss(
+        logprobs, old_logprobs, row.advantages,
+        clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
+    )  # fmt: skip
+    weights, cut = token_weights(row, old_logprobs, correction, config)
+    return loss * weights, clipped, cut
 
 
 def token_weights(
@@ -461,6 +471,15 @@ class Row:
     rescued: torch.Tensor
     old_logprobs: torch.Tensor | None = None
     """(M,) nats, of the policy before this batch's first update; None stands for the current ones."""
+
+    def part(self, tokens: slice) -> Row:
+        """Return some of the response tokens with all that is known of each."""
+        old_logprobs = None if self.old_logprobs is None else self.old_logprobs[tokens]
+        return replace(
+            self, predicting=self.predicting[tokens], targets=self.targets[tokens], advantages=self.advantages[tokens],
+            weights=self.weights[tokens], sampler_logprobs=self.sampler_logprobs[tokens], rescued=self.rescued[tokens],
+            old_logprobs=old_logprobs,
+        )  # fmt: skip
 
 
 def pack(
@@ -549,77 +568,63 @@ def packed_attention(
 AttentionInterface.register("packed", packed_attention)
 
 
+TokenLoss = Callable[[Row, torch.Tensor], torch.Tensor]
+
+
 def token_logprobs(
-    policy: torch.nn.Module, row: Row, temperature: float, config: Config
+    policy: torch.nn.Module, row: Row, temperature: float, config: Config, token_loss: TokenLoss | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log-prob and entropy of every response token of a row: (M,) and (M,) float32, nats, at `temperature`."""
-    forward = getattr(policy, "token_logprobs", functools.partial(_token_logprobs, causal_lm(policy)))  # see `shard`
-    return forward(row, temperature, config)  # type: ignore[operator]
+    """Return log-prob and entropy of every response token of a row: (M,) and (M,) float32, nats, at `temperature`.
+
+    With `token_loss`, which gives C tokens' losses from their log-probs, (C,) -> (C,), the gradient of the losses' sum
+    is added to the parameters. A token's loss depends on no other token's log-prob, so the gradient of a chunk is taken
+    while its probabilities are there: three products with the head, where keeping nothing and computing them again
+    takes four, and never more than a chunk's (C, V) in memory. Softmax and sums are float32 whatever the model is.
+    """
+    model = causal_lm(policy)
+    with torch.set_grad_enabled(token_loss is not None):
+        forward = getattr(model, "hidden_states", functools.partial(_hidden_states, model))  # see `shard`
+        hidden = forward(row, config)[row.predicting]  # (M, H)
+    states, targets = hidden.detach(), row.targets[:, None]
+    weight = model.get_output_embeddings().weight  # (V, H)
+    head = weight.detach().to(states.dtype)
+    if token_loss is not None and weight.requires_grad and weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    grad_states = torch.empty_like(states)
+    logprobs, entropies = [], []
+    for start in range(0, len(states), config.logprob_chunk_tokens):
+        chunk = slice(start, start + config.logprob_chunk_tokens)
+        logits = (states[chunk] @ head.T).to(torch.promote_types(states.dtype, torch.float32))
+        log_p = logits.div_(temperature).log_softmax(1)  # (C, V)
+        del logits
+        logprobs.append(log_p.gather(1, targets[chunk])[:, 0])
+        p = log_p.exp()
+        entropies.append(-torch.linalg.vecdot(p, log_p))
+        del log_p
+        if token_loss is not None:
+            with torch.enable_grad():
+                leaf = logprobs[-1].clone().requires_grad_()
+                (slope,) = torch.autograd.grad(token_loss(row.part(chunk), leaf).sum(), leaf)  # (C,) d loss / d log p
+            slope = slope[:, None] / temperature
+            grad_logits = p.mul_(-slope).scatter_add_(1, targets[chunk], slope).to(states.dtype)  # (1_t - p) slope
+            grad_states[chunk] = grad_logits @ head
+            if weight.requires_grad:
+                for grad_rows, columns in zip(weight.grad.split(16384), grad_logits.split(16384, dim=1), strict=True):
+                    grad_rows += columns.T @ states[chunk]
+    if token_loss is not None:
+        hidden.backward(grad_states)
+    return torch.cat(logprobs), torch.cat(entropies)
 
 
-def _token_logprobs(
-    model: PreTrainedModel, row: Row, temperature: float, config: Config
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _hidden_states(model: PreTrainedModel, row: Row, config: Config) -> torch.Tensor:
+    """Return the hidden states of a row, (N, H), in the type in which the model computes."""
     compute_dtype = resolve_dtype(config, model.device)
     with autocast(model.device, compute_dtype):
         hidden = model.base_model(
             input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False,
             sequence_lengths=row.sequence_lengths,
-        ).last_hidden_state[0]  # (N, H)
-    hidden = hidden[row.predicting]  # (M, H)
-    if compute_dtype != torch.float32:
-        hidden = hidden.to(compute_dtype)
-    weight = model.get_output_embeddings().weight  # (V, H)
-    return HeadLogprobs.apply(hidden, weight, row.targets, temperature, config.logprob_chunk_tokens)  # type: ignore[no-untyped-call, return-value]
-
-
-class HeadLogprobs(torch.autograd.Function):
-    """Log-probs of target tokens and entropies, from hidden states, without the (M, V) logits of more than a chunk.
-
-    The forward pass keeps only its inputs; the backward pass computes each chunk's logits once more. Softmax, sums and
-    the head's gradient are float32 whatever the inputs are (float64 stays float64).
-    """
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float, chunk: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        logprobs, entropies = [], []
-        for start in range(0, len(targets), chunk):
-            log_p = HeadLogprobs._log_p(hidden[start : start + chunk], weight, temperature)  # (C, V)
-            logprobs.append(log_p.gather(1, targets[start : start + chunk, None])[:, 0])
-            entropies.append(-(log_p.exp() * log_p).sum(1))
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        entropy = torch.cat(entropies)
-        ctx.mark_non_differentiable(entropy)
-        return torch.cat(logprobs), entropy
-
-    @staticmethod
-    def backward(ctx: Any, grad_logprobs: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        hidden, weight, targets = ctx.saved_tensors
-        wide = _at_least_float32(hidden.dtype)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(targets), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            grad_logits = -HeadLogprobs._log_p(hidden[part], weight, ctx.temperature).exp()  # d log p_t / d z = 1_t - p
-            grad_logits.scatter_add_(1, targets[part, None], torch.ones_like(grad_logits[:, :1]))
-            grad_logits *= grad_logprobs[part, None] / ctx.temperature  # (C, V)
-            narrow = grad_logits.to(hidden.dtype)
-            grad_hidden[part] = narrow @ weight.to(hidden.dtype)
-            if grad_weight is not None:
-                grad_weight += narrow.T @ hidden[part]
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
-
-    @staticmethod
-    def _log_p(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
-        logits = (hidden @ weight.to(hidden.dtype).T).to(_at_least_float32(hidden.dtype))
-        return torch.log_softmax(logits / temperature, dim=1)
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+        ).last_hidden_state[0]  # fmt: skip
+    return hidden if compute_dtype == torch.float32 else hidden.to(compute_dtype)
 
 
 # ------------------------------------------------------------------------ several GPUs
@@ -766,8 +771,8 @@ def shard(model: PreTrainedModel, device: torch.device) -> None:
         part = fully_shard(module, mesh=mesh)
         part.set_gradient_divide_factor(1.0)  # a sum: the loss is divided by the tokens of all ranks
         part.set_force_sum_reduction_for_comms(True)
-    model.token_logprobs = functools.partial(_token_logprobs, model)  # type: ignore[assignment]
-    register_fsdp_forward_method(model, "token_logprobs")  # embedding and head are brought together for it
+    model.hidden_states = functools.partial(_hidden_states, model)  # type: ignore[assignment]
+    register_fsdp_forward_method(model, "hidden_states")  # brings embedding and head together, until the backward pass
 
 
 def whole_state(setup: Setup) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
@@ -984,6 +989,10 @@ def supervised_steps(
     optimizer = torch.optim.AdamW(parameters, lr=config.warmup_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     order, device = shuffled_for_ever(len(examples), config.seed), causal_lm(policy).device
     scaler = loss_scaler(config, device)
+
+    def cross_entropy(row: Row, logprobs: torch.Tensor) -> torch.Tensor:
+        return scaler.scale(-logprobs * row.weights)
+
     policy.train()
     with display.phase("warm start", total=config.warmup_steps) as advance:
         for step in range(config.warmup_steps):
@@ -993,8 +1002,7 @@ def supervised_steps(
             rollouts = [Rollout("", prompt, response, [0.0] * len(response), "", "stop") for prompt, response in chosen]
             tokens = sum(len(response) for _, response in chosen)
             for row in pack([(rollout, 1) for rollout in rollouts], config.tokens_per_micro_batch, device, ranks):
-                logprobs, _ = token_logprobs(policy, row, 1.0, config)
-                scaler.scale(-(logprobs * row.weights).sum() / tokens).backward()
+                token_logprobs(policy, replace(row, weights=row.weights / tokens), 1.0, config, cross_entropy)
             if ranks > 1:
                 sum_gradients(policy)
             apply_gradient(policy, optimizer, 1.0, scaler)
@@ -1026,7 +1034,7 @@ def toy_model_folder(config: Config, evaluation: Sequence[Problem], display: Dis
         torch.__version__, data.TOY_SPECIAL, data.TOY_THINK, data.TOY_WORDS, data.TOY_TEMPLATE,
         *(inspect.getsource(source) for source in (
             data.toy_response, data.toy_tokenizer, data.encode_example, supervised_steps, pack, _row, packed_attention,
-            token_logprobs, _token_logprobs, HeadLogprobs, apply_gradient,
+            token_logprobs, _hidden_states, apply_gradient,
         )),
     ]
     name = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]

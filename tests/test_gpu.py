@@ -68,9 +68,7 @@ def groups_of(engine: HFEngine | VLLMEngine, given: list[list[int]], count: int,
 def differences(policy: torch.nn.Module, groups: list[Group], temperature: float, config: Config) -> torch.Tensor:
     """Return trainer - sampler log-prob of every token."""
     rows = train.pack([(r, 1) for group in groups for r in group.rollouts], 4096, DEVICE)
-    with torch.no_grad():
-        found = [train.token_logprobs(policy, row, temperature, config)[0] - row.sampler_logprobs for row in rows]
-    return torch.cat(found)
+    return torch.cat([train.token_logprobs(policy, row, temperature, config)[0] - row.sampler_logprobs for row in rows])
 
 
 def used_gib() -> float:

@@ -47,8 +47,7 @@ def test_sampler_logprobs_are_the_trainers(kind, temperature):
         for prompt, r in zip(prompts(40), responses, strict=True)
     ]
     for row in pack([(r, 1) for r in rollouts], 300, torch.device("cpu")):
-        with torch.no_grad():
-            logprobs, _ = token_logprobs(causal_lm(e.policy), row, temperature, Config())
+        logprobs, _ = token_logprobs(causal_lm(e.policy), row, temperature, Config())
         torch.testing.assert_close(logprobs, row.sampler_logprobs, rtol=0, atol=3e-5)
 
 

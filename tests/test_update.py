@@ -12,7 +12,7 @@ from conftest import random_rollouts, tiny_model
 from polaris_mini import Config, Group, Problem, Rollout, policy_loss
 from rollout import ModelError
 from train import (
-    add_lora, check_packing, load_policy, loss_scaler, make_optimizer, pack, token_logprobs, update_policy,
+    Row, add_lora, check_packing, load_policy, loss_scaler, make_optimizer, pack, token_logprobs, update_policy,
 )
 
 T = 1.4
@@ -57,11 +57,14 @@ def test_gradient_equals_padded_full_logits(kind, tied, tokens_per_row, chunk):
     model.zero_grad()
 
     tokens = sum(w * len(r.response_tokens) for r, w in zip(rollouts, weights, strict=True))
-    for row in pack(list(zip(rollouts, weights, strict=True)), tokens_per_row, torch.device("cpu")):
-        logprobs, _ = token_logprobs(model, row, T, Config(logprob_chunk_tokens=chunk))
-        loss, _ = policy_loss(logprobs, row.sampler_logprobs.double(), row.advantages, clip_low=0.2, clip_high=0.28,
+
+    def token_loss(part: Row, logprobs: torch.Tensor) -> torch.Tensor:
+        loss, _ = policy_loss(logprobs, part.sampler_logprobs.double(), part.advantages, clip_low=0.2, clip_high=0.28,
                               dual_clip=3.0)
-        ((loss * row.weights).sum() / tokens).backward()
+        return loss * part.weights / tokens
+
+    for row in pack(list(zip(rollouts, weights, strict=True)), tokens_per_row, torch.device("cpu")):
+        token_logprobs(model, row, T, Config(logprob_chunk_tokens=chunk), token_loss)
     error = (gradient(model) - expected).norm() / expected.norm()
     assert error < 1e-9
 
@@ -143,7 +146,7 @@ def test_gradient_checkpointing_does_not_change_the_gradient():
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.set_attn_implementation("packed")
         (row,) = pack([(r, 1) for r in rollouts], 10_000, torch.device("cpu"))
-        token_logprobs(model, row, T, Config())[0].sum().backward()
+        token_logprobs(model, row, T, Config(), lambda part, logprobs: logprobs * part.advantages)
         results.append(gradient(model))
     assert relative(results[1], results[0]) < 1e-9
 
@@ -312,14 +315,13 @@ def test_mismatch_weighs_each_token_but_no_rescued_one(mismatch, weights):
         model = tiny_model("qwen3", tied=True)
         config = Config(optimizer="sgd", lr=1.0, weight_decay=0.0, max_grad_norm=1e9, mismatch=mismatch)
         (row,) = pack([(replace(rollout, sampler_logprobs=[0.0] * 4), 1)], 999, torch.device("cpu"))
-        trainer = token_logprobs(model, row, T, config)[0]
-        expected = -(trainer * torch.tensor([1.0] * 4 if rescued else weights)).sum() / 4
-        expected.backward()
+        each = torch.tensor([1.0] * 4 if rescued else weights) / 4
+        trainer = token_logprobs(model, row, T, config, lambda part, logprobs, each=each: -logprobs * each)[0]
         gradient_ = gradient(model)
         model.zero_grad()
         before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
         ratios = torch.tensor([0.5, 1.0, 4.0, 0.1])
-        drawn = replace(rollout, sampler_logprobs=(trainer.detach() - ratios.log()).tolist(), rescued=rescued)
+        drawn = replace(rollout, sampler_logprobs=(trainer - ratios.log()).tolist(), rescued=rescued)
         found[rescued] = update_policy(model, make_optimizer(model, config), UNSCALED, grouped([drawn], [1]), T, config)
         after = torch.cat([p.detach().flatten() for p in model.parameters()])
         torch.testing.assert_close(before - after, gradient_, rtol=1e-3, atol=1e-6)
