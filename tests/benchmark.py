@@ -124,6 +124,8 @@ def update_once(case: str, options: list[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = small_model(Path(temporary), vocabulary=151_936)
         policy = train.load_policy(config, str(folder), None, resolve_device("auto"))
+        for parameter in policy.parameters():  # read from the disk only now
+            parameter.data = parameter.data.clone()
     rng = random.Random(0)
     rollouts = [
         Rollout("p", [rng.randrange(150_000) for _ in range(32)], [rng.randrange(150_000) for _ in range(length)],
