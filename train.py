@@ -599,7 +599,7 @@ def token_logprobs(
         del logits
         logprobs.append(log_p.gather(1, targets[chunk])[:, 0])
         p = log_p.exp()
-        entropies.append(-torch.linalg.vecdot(p, log_p))
+        entropies.append(-torch.bmm(p[:, None], log_p[:, :, None])[:, 0, 0])  # a sum that keeps no (C, V) of products
         del log_p
         if token_loss is not None:
             with torch.enable_grad():
