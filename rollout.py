@@ -134,6 +134,22 @@ def rank_count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def torchrun_count() -> int:
+    """Return how many processes torchrun has started, whether or not they have joined; without it 1."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def refuse_torchrun(command: str) -> None:
+    if torchrun_count() > 1:
+        raise ModelError(f"torchrun started {torchrun_count()} processes: {command} runs on one GPU; start it with "
+                         "python")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a sharded tensor in one piece, for which all ranks have to ask; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def is_sharded(policy: torch.nn.Module) -> bool:
     """Tell whether each rank holds a part of the weights only."""
     return any(isinstance(parameter, DTensor) for parameter in policy.parameters())
@@ -519,9 +535,7 @@ def policy_weights(policy: torch.nn.Module, dtype: torch.dtype) -> Iterator[tupl
         if name.endswith(".base_layer.weight"):
             adapted = model.get_submodule(name.removesuffix(".base_layer.weight"))
             weight = weight.float() + adapted.get_delta_weight("default").detach().float()  # type: ignore[operator]
-        if isinstance(weight, DTensor):
-            weight = weight.full_tensor()
-        yield name.replace(".base_layer.", "."), weight.to(dtype)
+        yield name.replace(".base_layer.", "."), whole(weight).to(dtype)
 
 
 def kv_cache_bytes(config: PretrainedConfig, settings: Common, max_tokens: int, reserved_bytes: int = 0) -> int:
@@ -854,9 +868,7 @@ class Session:
     """Draws and grades rollouts for a command, into a file that a second call goes on with."""
 
     def __init__(self, options: Command, path: Path) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ModelError(f"torchrun started {os.environ['WORLD_SIZE']} processes: this command runs on one GPU; "
-                             "start it with python")
+        refuse_torchrun(type(options).__name__.lower())
         self.options, self.path = options, path
         self.device, self.vllm = resolve_device(options.device), uses_vllm(options)
         self.model = toy_folder() if options.model == "toy" else options.model

@@ -65,7 +65,8 @@ from reward import RewardPool
 from rollout import (
     Engine, EngineError, Evaluation, HFEngine, Measure, ModelError, ProbeCurves, Response, Sampling, VLLMEngine,
     autocast, base_model, causal_lm, encode_prompts, evaluate, is_sharded, load_model, load_problems, load_tokenizer,
-    rank_count, resolve_device, resolve_dtype, reward_pool, run_measure, sample_groups, set_rewards, uses_vllm,
+    rank_count, refuse_torchrun, resolve_device, resolve_dtype, reward_pool, run_measure, sample_groups, set_rewards,
+    torchrun_count, uses_vllm, whole,
 )
 
 # ---------------------------------------------------------------------------- the loop
@@ -266,13 +267,13 @@ def evaluate_policy(
     setup: Setup, config: Config, run: Run, display: Display, interrupt: Interrupt
 ) -> dict[str, float]:
     """Measure the held-out pass rate, unless Ctrl-C ends it; a resume then does it again."""
+    if interrupt.requested:
+        return {}
     first = config.stages[0].temperature
     temperature = config.eval_temperature or (1.0 if first == "auto" else first)
     # the same draws each time: less noise in a difference
     sampling = Sampling(temperature, config.longest_response, seed=config.seed)
     result: Evaluation | None = None
-    if interrupt.requested:
-        return {}
     with interrupt.may_drop_step(), display.phase("evaluation") as on_tokens:
         setup.engine.wake(setup.policy)
         result = Evaluation.of(evaluate(
@@ -328,34 +329,20 @@ def update_policy(
     correction = mismatch_correction(config)
 
     def token_loss(row: Row, logprobs: torch.Tensor) -> torch.Tensor:
-        return scaler.scale(token_losses(row, logprobs, correction, config)[0])
+        return scaler.scale(token_losses(row, logprobs, correction, config)[0])  # nothing in it waits for the device
 
-    sums: dict[str, float] = defaultdict(float)
-    ratio_max, grad_norms = 0.0, []
+    seen, grad_norms = [], []
     for rows in packed:
         for row in rows:
             logprobs, entropy = token_logprobs(policy, row, temperature, config, token_loss)  # (M,), (M,)
-            losses, clipped, cut = token_losses(row, logprobs, correction, config)  # once more, for the log
-            # trainer against sampler, with the same weights; in float64, as the KL below is a difference of near equals
-            old_logprobs = logprobs if row.old_logprobs is None else row.old_logprobs
-            difference = (old_logprobs - row.sampler_logprobs)[~row.rescued].double()
-            sums["tokens"] += len(losses)
-            sums["sampled"] += len(difference)
-            sums["loss"] += losses.sum().item()
-            sums["entropy"] += entropy.sum().item()
-            sums["clipped"] += clipped.sum().item()
-            sums["cut"] += cut
-            sums["kl"] += (difference.exp() - 1 - difference).sum().item()
-            sums["ratio"] += difference.exp().sum().item()
-            ratio_max = max(ratio_max, difference.exp().max().item() if len(difference) else 0.0)
-            sums["forwarded"] += row.input_ids.numel()
+            seen.append(row_sums(row, logprobs, entropy, correction, config))
         sum_gradients(policy)
         grad_norms.append(apply_gradient(policy, optimizer, config.max_grad_norm, scaler))
+    sums = merged(seen)
     if rank_count() > 1:
         everyone: list[Any] = [None] * rank_count()
-        dist.all_gather_object(everyone, (sums, ratio_max))
-        sums = {name: sum(theirs[name] for theirs, _ in everyone) for name in sums}
-        ratio_max = max(theirs for _, theirs in everyone)
+        dist.all_gather_object(everyone, sums)
+        sums = merged(everyone)
     return Update(
         loss=sums["loss"] / len(packed),
         entropy=sums["entropy"] / sums["tokens"],
@@ -363,11 +350,37 @@ def update_policy(
         mismatch_kl=sums["kl"] / max(sums["sampled"], 1),
         ratio_mean=sums["ratio"] / max(sums["sampled"], 1),
         ratio_cut=sums["cut"] / max(sums["sampled"], 1),
-        ratio_max=ratio_max,
+        ratio_max=sums["ratio_max"],
         grad_norm=norm if math.isfinite(norm := sum(grad_norms) / len(grad_norms)) else None,
         tokens=int(sums["forwarded"]),
         tokens_saved=sum(_row_tokens(r) * g.weight for g in groups for r in g.rollouts) - int(sums["forwarded"]),
     )
+
+
+def row_sums(
+    row: Row, logprobs: torch.Tensor, entropy: torch.Tensor, correction: Correction | None, config: Config
+) -> dict[str, float]:
+    """Return what the log needs of a row: sums over its tokens, and the largest ratio of trainer to sampler."""
+    losses, clipped = token_losses(row, logprobs, correction, config)
+    old_logprobs = logprobs if row.old_logprobs is None else row.old_logprobs
+    sampled = ~row.rescued
+    # trainer against sampler, with the same weights; in float64, as the KL below is a difference of near equals
+    difference = (old_logprobs - row.sampler_logprobs)[sampled].double()
+    cut = torch.zeros(())
+    if correction is not None:
+        cut = correction(old_logprobs, row.sampler_logprobs) != (old_logprobs - row.sampler_logprobs).exp()
+        cut = (cut & sampled).sum()
+    return {
+        "tokens": len(losses), "sampled": len(difference), "loss": losses.sum().item(),
+        "entropy": entropy.sum().item(), "clipped": clipped.sum().item(), "cut": cut.item(),
+        "kl": (difference.exp() - 1 - difference).sum().item(), "ratio": difference.exp().sum().item(),
+        "ratio_max": difference.exp().max().item() if len(difference) else 0.0, "forwarded": row.input_ids.numel(),
+    }  # fmt: skip
+
+
+def merged(several: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Put `row_sums` of several rows, or ranks, together."""
+    return {name: (max if name == "ratio_max" else sum)(one[name] for one in several) for name in several[0]}
 
 
 def pack_shares(groups: Sequence[Group], config: Config, device: torch.device) -> list[list[Row]]:
@@ -377,10 +390,9 @@ def pack_shares(groups: Sequence[Group], config: Config, device: torch.device) -
         weighted = [(rollout, group.weight) for group in groups[i :: config.updates_per_batch]
                     for rollout in group.rollouts]
         tokens = sum(len(rollout.response_tokens) * weight for rollout, weight in weighted)
-        trained = [pair for pair in weighted if pair[0].advantage]
+        trained = [(rollout, weight / tokens) for rollout, weight in weighted if rollout.advantage]
         if trained:
-            rows = pack(trained, config.tokens_per_micro_batch, device, rank_count())
-            packed.append([replace(row, weights=row.weights / tokens) for row in rows])
+            packed.append(pack(trained, config.tokens_per_micro_batch, device, rank_count()))
     return packed
 
 
@@ -396,34 +408,30 @@ def mismatch_correction(config: Config) -> Correction | None:
 
 def token_losses(
     row: Row, logprobs: torch.Tensor, correction: Correction | None, config: Config
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Return each token's weighted loss, (M,), whether clipping stopped it, (M,), and how many ratios were cut."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each token's weighted loss, (M,), and whether clipping stopped its gradient, (M,)."""
     old_logprobs = logprobs.detach() if row.old_logprobs is None else row.old_logprobs
     loss, clipped = policy_loss(
         logprobs, old_logprobs, row.advantages,
         clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
     )  # fmt: skip
-    weights, cut = token_weights(row, old_logprobs, correction, config)
-    return loss * weights, clipped, cut
+    return loss * token_weights(row, old_logprobs, correction, config), clipped
 
 
 def token_weights(
     row: Row, old_logprobs: torch.Tensor, correction: Correction | None, config: Config
-) -> tuple[torch.Tensor, int]:
-    """Return each token's weight in the loss, (M,), and of how many sampled tokens the correction cut the ratio.
+) -> torch.Tensor:
+    """Return each token's weight in the loss, (M,).
 
     Its group's places times, where that is asked for, its probability for the policy over that for who wrote it: the
     engine, or in a rescued rollout an earlier policy.
     """
-    weights, cut = row.weights, 0
+    weights = row.weights
     if correction is not None:
-        ratio = correction(old_logprobs, row.sampler_logprobs)
-        weights = weights.where(row.rescued, weights * ratio)
-        unchanged = ratio == (old_logprobs - row.sampler_logprobs).exp()
-        cut = int((~unchanged & ~row.rescued).sum())
-    if config.rescue_ratio == "stored" and row.rescued.any():
+        weights = weights.where(row.rescued, weights * correction(old_logprobs, row.sampler_logprobs))
+    if config.rescue_ratio == "stored":
         weights = weights.where(~row.rescued, weights * truncated_ratio(old_logprobs, row.sampler_logprobs))
-    return weights, cut
+    return weights
 
 
 def loss_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
@@ -440,8 +448,7 @@ def apply_gradient(
     """
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_((p for p in policy.parameters() if p.requires_grad), max_norm)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    norm = whole(norm)
     if not torch.isfinite(norm) and not scaler.is_enabled():  # a step would make every weight nan
         raise ModelError(f"the gradient's norm is {norm.item()}, the update was not made: go on from the last "
                          "checkpoint with a lower --lr")
@@ -483,13 +490,13 @@ class Row:
 
 
 def pack(
-    weighted: Sequence[tuple[Rollout, int]], tokens_per_row: int, device: torch.device, ranks: int = 1
+    weighted: Sequence[tuple[Rollout, float]], tokens_per_row: int, device: torch.device, ranks: int = 1
 ) -> list[Row]:
     """Lay rollouts, each with its weight, into rows of at most `tokens_per_row` tokens; a longer one has its own.
 
     Of several ranks each gets its part of the rows, all the same number of them.
     """
-    bins: list[list[tuple[Rollout, int]]] = []
+    bins: list[list[tuple[Rollout, float]]] = []
     free: list[int] = []
     for pair in sorted(weighted, key=lambda pair: -_row_tokens(pair[0])):  # first fit decreasing
         size = _row_tokens(pair[0])
@@ -514,7 +521,7 @@ def _row_tokens(rollout: Rollout) -> int:
     return len(rollout.prompt_tokens) + len(rollout.response_tokens) - 1
 
 
-def _row(content: Sequence[tuple[Rollout, int]], device: torch.device) -> Row:
+def _row(content: Sequence[tuple[Rollout, float]], device: torch.device) -> Row:
     input_ids: list[int] = []
     position_ids: list[int] = []
     predicting: list[int] = []
@@ -636,7 +643,7 @@ def start_ranks(config: Config) -> None:
     Rank 0 runs the loop. Where weights, gradients or optimizer are concerned it asks the others, and all do the same on
     their part: generate every N-th prompt, forward every N-th row of the update, gather a checkpoint. See `follow`.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count = torchrun_count()
     if count == 1:
         return
     if config.lora_rank == 0 and config.optimizer == "adamw8bit":
@@ -660,9 +667,19 @@ def leads() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+@contextlib.contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Let the other ranks wait at the begin of this block until rank 0 has left it."""
+    if not leads():
+        dist.barrier()
+    yield
+    if leads() and rank_count() > 1:
+        dist.barrier()
+
+
 def ask_ranks(*request: object) -> None:
     """Let the other ranks, if there are some, do the same as rank 0, which calls this."""
-    if rank_count() > 1 and dist.get_rank() == 0:
+    if rank_count() > 1 and leads():
         dist.broadcast_object_list([request], device=torch.device("cpu"))
 
 
@@ -780,17 +797,17 @@ def whole_state(setup: Setup) -> tuple[dict[str, torch.Tensor] | None, dict[str,
     ask_ranks("save")
     weights = None
     if is_sharded(setup.policy):
-        weights = {name: _whole(weight) for name, weight in setup.policy.state_dict().items()}
+        weights = {name: _on_rank_0(weight) for name, weight in setup.policy.state_dict().items()}
     optimizer = setup.optimizer.state_dict()
-    states = {number: {name: _whole(value) for name, value in state.items()}
+    states = {number: {name: _on_rank_0(value) for name, value in state.items()}
               for number, state in optimizer["state"].items()}
     return weights, {**optimizer, "state": states}
 
 
-def _whole(value: Any) -> Any:
+def _on_rank_0(value: Any) -> Any:
     if not isinstance(value, DTensor):
         return value
-    tensor = value.full_tensor()
+    tensor = whole(value)
     return tensor.cpu() if leads() else None
 
 
@@ -826,11 +843,8 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
             f"prompts_per_step is {config.prompts_per_step}, but there are {len(training)} training problems: "
             "lower --prompts-per-step, or give more data"
         )
-    if not leads():
-        dist.barrier()  # until rank 0 has made the toy model
-    source = str(toy_model_folder(config, evaluation, display)) if toy else config.model
-    if leads() and rank_count() > 1:
-        dist.barrier()
+    with rank_0_first():
+        source = str(toy_model_folder(config, evaluation, display)) if toy else config.model
     checkpoint = run.newest_checkpoint()
     sharded = rank_count() > 1 and config.lora_rank == 0
     policy = load_policy(config, source, checkpoint, torch.device("cpu") if sharded else device)
@@ -852,27 +866,30 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
         f"parameters; {len(training):,} training and {len(evaluation):,} held-out problems; "
         f"engine {'vllm' if vllm else 'hf'}; run folder {run.folder}"
     )
-    engine: Engine
-    if vllm:
-        longest = max(len(problem.prompt_tokens) for problem in [*training, *evaluation]) + config.longest_response
-        engine = VLLMEngine(base_model(source), tokenizer, config, max_tokens=longest, weights="policy",
-                            reserved_bytes=0 if optimizer.state else optimizer_bytes(policy, config))
-    elif sharded:
-        own_model = load_model(source, dtype=resolve_dtype(config, device), device=device,
-                               trust_remote_code=config.trust_remote_code)
-        engine = HFEngine(own_model, tokenizer, config)
-    else:
-        engine = HFEngine(policy, tokenizer, config)
-    pool = reward_pool(config, tokenizer)
-    setup = Setup(tokenizer, policy, optimizer, scaler, engine, pool, evaluation, state)
+    longest = max(len(problem.prompt_tokens) for problem in [*training, *evaluation]) + config.longest_response
+    engine = make_engine(policy, source, tokenizer, config, max_tokens=longest,
+                         reserved_bytes=0 if optimizer.state else optimizer_bytes(policy, config))
+    setup = Setup(tokenizer, policy, optimizer, scaler, engine, reward_pool(config, tokenizer), evaluation, state)
     if warmup and checkpoint is None:
-        display.note(f"warm start: {config.warmup_steps} supervised steps on {len(warmup)} worked examples")
-        examples = data.load_worked_examples(config.prompt_examples) if config.prompt_examples else []
-        encoded = [data.encode_example(e, tokenizer, suffix=config.prompt_suffix, examples=examples) for e in warmup]
-        supervised_steps(policy, encoded, config, display, rank_count())
+        warm_start(setup, warmup, config, display)
         if leads():
             save_checkpoint(setup, config, run)  # the warm start is paid for: a resume need not repeat it
     return setup
+
+
+def make_engine(
+    policy: torch.nn.Module, source: str, tokenizer: PreTrainedTokenizerBase, config: Config, *, max_tokens: int,
+    reserved_bytes: int,
+) -> Engine:
+    """Make this rank's engine, see `VLLMEngine`; decoding with the policy itself needs all weights in one place."""
+    if uses_vllm(config):
+        return VLLMEngine(base_model(source), tokenizer, config, max_tokens=max_tokens, weights="policy",
+                          reserved_bytes=reserved_bytes)
+    if is_sharded(policy):
+        device = causal_lm(policy).device
+        policy = load_model(source, dtype=resolve_dtype(config, device), device=device,
+                            trust_remote_code=config.trust_remote_code)
+    return HFEngine(policy, tokenizer, config)
 
 
 def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
@@ -980,6 +997,14 @@ def check_packing(policy: torch.nn.Module, config: Config) -> None:
 # ---------------------------------------------------------------------- the warm start
 
 
+def warm_start(setup: Setup, warmup: Sequence[data.WorkedExample], config: Config, display: Display) -> None:
+    """Teach the worked examples of `--warmup`, in the prompt that training uses."""
+    display.note(f"warm start: {config.warmup_steps} supervised steps on {len(warmup)} worked examples")
+    examples = data.load_worked_examples(config.prompt_examples) if config.prompt_examples else []
+    encoded = [data.encode_example(e, setup.tokenizer, suffix=config.prompt_suffix, examples=examples) for e in warmup]
+    supervised_steps(setup.policy, encoded, config, display, rank_count())
+
+
 def supervised_steps(
     policy: torch.nn.Module, examples: Sequence[tuple[list[int], list[int]]], config: Config, display: Display,
     ranks: int = 1,
@@ -1001,8 +1026,8 @@ def supervised_steps(
             chosen = [examples[next(order)] for _ in range(config.warmup_batch)]
             rollouts = [Rollout("", prompt, response, [0.0] * len(response), "", "stop") for prompt, response in chosen]
             tokens = sum(len(response) for _, response in chosen)
-            for row in pack([(rollout, 1) for rollout in rollouts], config.tokens_per_micro_batch, device, ranks):
-                token_logprobs(policy, replace(row, weights=row.weights / tokens), 1.0, config, cross_entropy)
+            for row in pack([(r, 1 / tokens) for r in rollouts], config.tokens_per_micro_batch, device, ranks):
+                token_logprobs(policy, row, 1.0, config, cross_entropy)
             if ranks > 1:
                 sum_gradients(policy)
             apply_gradient(policy, optimizer, 1.0, scaler)
@@ -1794,8 +1819,7 @@ def main(arguments: Sequence[str]) -> None:
         display.note(str(draw(Path(arguments[1]))))
         return
     if arguments[:1] == ["ablate"]:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError("torchrun started several processes: ablate runs on one GPU; start it with python")
+        refuse_torchrun("ablate")
         options, others = tyro.cli(Ablate, args=arguments[1:], prog="train.py ablate", return_unknown_args=True)
         run_ablation(options, read_config(others), display)
         return

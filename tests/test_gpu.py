@@ -71,10 +71,6 @@ def differences(policy: torch.nn.Module, groups: list[Group], temperature: float
     return torch.cat([train.token_logprobs(policy, row, temperature, config)[0] - row.sampler_logprobs for row in rows])
 
 
-def used_gib() -> float:
-    return train.memory_gib()
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("engine_name", ["vllm", "hf"])
 def test_logprobs_of_engine_and_trainer_agree_within_rounding(tmp_path, engine_name, dtype):
@@ -110,18 +106,18 @@ def test_sleep_frees_weights_and_cache_and_wake_brings_them_back(tmp_path):
     pytest.importorskip("vllm")
     config = Config(rollouts_per_batch=64)
     with policy_and_engine(saved_model(tmp_path, SMALL), config, 2048) as (policy, engine):
-        asleep = used_gib()
+        asleep = train.memory_gib()
         for _ in range(3):
             start = time.perf_counter()
             engine.wake(policy)
-            seconds, awake = time.perf_counter() - start, used_gib()
+            seconds, awake = time.perf_counter() - start, train.memory_gib()
             assert len(groups_of(engine, prompts(4), 2, Sampling(1.0, 16, seed=0))) == 4
             engine.sleep()
-            print(f"\nawake {awake:.2f} GiB, asleep {used_gib():.2f} GiB, wake with sync {seconds:.2f} s")
+            print(f"\nawake {awake:.2f} GiB, asleep {train.memory_gib():.2f} GiB, wake with sync {seconds:.2f} s")
             weights = sum(p.numel() for p in policy.parameters()) * 2 / 2**30
             cache = 2 * 8 * 8 * 128 * 2 * (2048 + 128) * 64 / 2**30
-            assert awake - used_gib() > 0.9 * (weights + cache)
-            assert used_gib() < asleep + 0.3
+            assert awake - train.memory_gib() > 0.9 * (weights + cache)
+            assert train.memory_gib() < asleep + 0.3
 
 
 @pytest.mark.parametrize("settings", [{"lora_rank": 32, "lr": 1e-5, "optimizer": "adamw8bit"}, {"lr": 1e-6}],

@@ -72,7 +72,7 @@ def updates(model: Path, case: str) -> dict[str, Any]:
             torch.distributed.broadcast_object_list(state)
         setup.optimizer = train.make_optimizer(policy, config)
         train.load_optimizer(setup.optimizer, state[0])
-    weights = {name: train._whole(weight) for name, weight in policy.state_dict().items()}
+    weights = {name: train._on_rank_0(weight) for name, weight in policy.state_dict().items()}
     return {"weights": weights, "results": results, "optimizer": state[0]}
 
 
