@@ -238,6 +238,11 @@ class Config(Common):
     """Rank of LoRA adapters on all linear layers; 0 trains every weight."""
     lora_alpha: int = 32
     """LoRA scale is lora_alpha / lora_rank."""
+    quantize_base: bool = False
+    """Keep the frozen weights under the LoRA adapters in 4 bits (NF4 by bitsandbytes, arXiv 2305.14314)."""
+    trained_weights: Literal["float32", "bfloat16"] = "float32"
+    """Type of trained weights, adapters aside. bfloat16 halves them and their gradients; what an update changes is then
+    rounded up or down by chance, so that small changes are not lost."""
 
     # memory: changes nothing in the result
     tokens_per_micro_batch: int = 16384
@@ -246,6 +251,16 @@ class Config(Common):
     """Tokens whose logits exist at the same time."""
     gradient_checkpointing: bool = False
     """Keep only each block's input and recompute the rest in the backward pass."""
+    offload_activations: bool = False
+    """Keep those inputs in CPU memory. Needs gradient_checkpointing."""
+    mlp_chunk_tokens: int = 0
+    """Recompute each block's MLP this many tokens at a time; 0: all at once. Needs gradient_checkpointing."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in CPU memory; each weight's comes over for its step."""
+    attention: Literal["auto", "sdpa", "varlen", "flash_attn", "flex"] = "auto"
+    """Attention in the update. sdpa: one sequence after another, anywhere; varlen: all of a row at once, by PyTorch's
+    flash attention (16 bits, Ampere or newer); flash_attn: by that package; flex: FlexAttention, for older GPUs. auto:
+    varlen where it runs, else sdpa."""
 
     # the warm start
     warmup: str | None = None
@@ -339,6 +354,14 @@ def _check(config: Config) -> None:
     for name in ("beta1", "beta2"):
         need(0 <= getattr(config, name) < 1, name, "give a value from 0 to below 1")
     need(config.lora_alpha > 0, "lora_alpha", "give at least 1")
+    need(config.mlp_chunk_tokens >= 0, "mlp_chunk_tokens", "give tokens, or 0 for all at once")
+    need(config.lora_rank > 0 or not config.quantize_base, "quantize_base", "it is for LoRA; give --lora-rank 32")
+    need(config.lora_rank == 0 or config.trained_weights == "float32", "trained_weights",
+         "LoRA adapters are small and stay float32; leave it out")
+    need(config.dtype != "float16" or config.trained_weights == "float32", "trained_weights",
+         "with dtype float16 give float32")
+    for name in ("offload_activations", "mlp_chunk_tokens"):
+        need(config.gradient_checkpointing or not getattr(config, name), name, "it needs --gradient-checkpointing")
     need(config.eval_every >= -1, "eval_every", "give steps, 0 (first and last only) or -1 (never)")
     need(config.eval_temperature is None or 0 < config.eval_temperature < math.inf, "eval_temperature",
          "give a value above 0")

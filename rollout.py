@@ -36,8 +36,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import (
-    AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel,
-    PreTrainedTokenizerBase,
+    AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache, GenerationConfig,
+    PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -77,9 +77,11 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 def load_model(
     name: str, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False,
-    rope: Mapping[str, Any] | None = None,
+    rope: Mapping[str, Any] | None = None, four_bits: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model from a folder or the hub, with other rope settings (see `yarn_config`) if given.
+
+    four_bits: keep the linear layers in NF4, except the head.
 
     Raises: ModelError if the folder has no weights or the model cannot be loaded.
     """
@@ -94,7 +96,7 @@ def load_model(
             text.max_position_embeddings = round(rope["factor"] * rope["original_max_position_embeddings"])
         model = AutoModelForCausalLM.from_pretrained(
             base, config=settings, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True,
-            attn_implementation="sdpa",
+            attn_implementation="sdpa", **(quantized(dtype, device) if four_bits else {}),
         )
         if base != name:
             from peft import PeftModel
@@ -102,7 +104,14 @@ def load_model(
             model = PeftModel.from_pretrained(model, name).merge_and_unload()
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model is {name}: it does not load: {_first_line(error)}") from error
-    return model.to(device)  # type: ignore[arg-type]
+    return model if four_bits else model.to(device)  # type: ignore[arg-type]
+
+
+def quantized(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Return what loads a model in NF4 with quantized scales. Source: QLoRA (arXiv 2305.14314)."""
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                  bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def base_model(name: str) -> str:
@@ -175,10 +184,10 @@ def resolve_dtype(settings: Common, device: torch.device) -> torch.dtype:
     return getattr(torch, settings.dtype)
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+def autocast(device: torch.device, dtype: torch.dtype, cache: bool = True) -> contextlib.AbstractContextManager:
     """Compute in `dtype` whatever the weights are stored in; nothing at all for float32 and float64."""
     if dtype in (torch.bfloat16, torch.float16):
-        return torch.autocast(device.type, dtype)
+        return torch.autocast(device.type, dtype, cache_enabled=cache)
     return contextlib.nullcontext()
 
 
@@ -528,13 +537,16 @@ def policy_weights(policy: torch.nn.Module, dtype: torch.dtype) -> Iterator[tupl
 
     Sharded ones come whole, so all ranks have to ask for them.
     """
+    from peft.utils.integrations import dequantize_module_weight  # slow to import
+
     model = causal_lm(policy)
     for name, weight in model.state_dict().items():
-        if ".lora_" in name:
+        if ".lora_" in name or ".base_layer.weight." in name:  # an adapter's own, the scales of a 4-bit weight
             continue
         if name.endswith(".base_layer.weight"):
             adapted = model.get_submodule(name.removesuffix(".base_layer.weight"))
-            weight = weight.float() + adapted.get_delta_weight("default").detach().float()  # type: ignore[operator]
+            weight = dequantize_module_weight(adapted.base_layer).float()  # type: ignore[arg-type]
+            weight = weight + adapted.get_delta_weight("default").detach().float()  # type: ignore[operator]
         yield name.replace(".base_layer.", "."), whole(weight).to(dtype)
 
 

@@ -51,6 +51,9 @@ from rich.table import Table
 from rich.text import Text
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -116,6 +119,7 @@ def train(setup: Setup, config: Config, run: Run, display: Display, interrupt: I
 
         # 6. UPDATE      clipped policy gradient, one token mean over the whole batch
         with clock("update"), display.phase("update"):
+            torch.manual_seed(rng.getrandbits(63))  # for bfloat16 weights, which are rounded by chance
             update = update_policy(setup.policy, setup.optimizer, setup.scaler, batch, state.temperature, config)
 
         # 7. LOG, EVAL, SAVE
@@ -303,8 +307,8 @@ class Update:
     grad_norm: float | None = None
     tokens: int = 0
     """Prompt and response tokens that were forwarded."""
-    tokens_saved: int = 0
-    """Prompt and response tokens that real copies of substituted groups, and groups without advantage, would add."""
+    tokens_release: int = 0
+    """Those that the release forwards: all rollouts and real copies, once for the old log-probs, once for the loss."""
 
 
 def update_policy(
@@ -318,13 +322,13 @@ def update_policy(
     their tokens count in the division. Every rank takes its part of the rows.
     """
     ask_ranks("update", groups, temperature)
-    packed = pack_shares(groups, config, causal_lm(policy).device)
+    packed, device = pack_shares(groups, config), causal_lm(policy).device
     if not packed:
         return Update()
     policy.train()
     if len(packed) > 1:  # with a single update the current log-probs are the old ones: no extra forward pass
         for row in itertools.chain.from_iterable(packed):
-            row.old_logprobs = token_logprobs(policy, row, temperature, config)[0]
+            row.old_logprobs = token_logprobs(policy, row.to(device), temperature, config)[0]
 
     correction = mismatch_correction(config)
 
@@ -334,10 +338,11 @@ def update_policy(
     seen, grad_norms = [], []
     for rows in packed:
         for row in rows:
+            row = row.to(device)
             logprobs, entropy = token_logprobs(policy, row, temperature, config, token_loss)  # (M,), (M,)
             seen.append(row_sums(row, logprobs, entropy, correction, config))
         sum_gradients(policy)
-        grad_norms.append(apply_gradient(policy, optimizer, config.max_grad_norm, scaler))
+        grad_norms.append(apply_gradient(policy, optimizer, config.max_grad_norm, scaler, config))
     sums = merged(seen)
     if rank_count() > 1:
         everyone: list[Any] = [None] * rank_count()
@@ -353,7 +358,7 @@ def update_policy(
         ratio_max=sums["ratio_max"],
         grad_norm=norm if math.isfinite(norm := sum(grad_norms) / len(grad_norms)) else None,
         tokens=int(sums["forwarded"]),
-        tokens_saved=sum(_row_tokens(r) * g.weight for g in groups for r in g.rollouts) - int(sums["forwarded"]),
+        tokens_release=2 * sum(_row_tokens(r) * g.weight for g in groups for r in g.rollouts),
     )
 
 
@@ -383,7 +388,7 @@ def merged(several: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: (max if name == "ratio_max" else sum)(one[name] for one in several) for name in several[0]}
 
 
-def pack_shares(groups: Sequence[Group], config: Config, device: torch.device) -> list[list[Row]]:
+def pack_shares(groups: Sequence[Group], config: Config) -> list[list[Row]]:
     """Pack each optimizer step's share of the groups, weights divided by its tokens; none if nothing has advantages."""
     packed = []
     for i in range(config.updates_per_batch):
@@ -392,7 +397,7 @@ def pack_shares(groups: Sequence[Group], config: Config, device: torch.device) -
         tokens = sum(len(rollout.response_tokens) * weight for rollout, weight in weighted)
         trained = [(rollout, weight / tokens) for rollout, weight in weighted if rollout.advantage]
         if trained:
-            packed.append(pack(trained, config.tokens_per_micro_batch, device, rank_count()))
+            packed.append(pack(trained, config.tokens_per_micro_batch, rank_count()))
     return packed
 
 
@@ -440,22 +445,69 @@ def loss_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
 
 
 def apply_gradient(
-    policy: torch.nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, scaler: torch.amp.GradScaler
+    policy: torch.nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, scaler: torch.amp.GradScaler,
+    config: Config,
 ) -> float:
     """Clip the gradient, take the optimizer's step and return the norm before clipping.
 
     Where float16 overflowed, which is how the scaler finds its scale, there is no step and the norm is not finite.
     """
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_((p for p in policy.parameters() if p.requires_grad), max_norm)
-    norm = whole(norm)
-    if not torch.isfinite(norm) and not scaler.is_enabled():  # a step would make every weight nan
-        raise ModelError(f"the gradient's norm is {norm.item()}, the update was not made: go on from the last "
-                         "checkpoint with a lower --lr")
-    scaler.step(optimizer)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    norm = whole(torch.nn.utils.clip_grad_norm_(trained, max_norm)).item()
+    if math.isfinite(norm):
+        if config.offload_optimizer or config.trained_weights == "bfloat16":
+            step_weight_by_weight(optimizer, config)
+        else:
+            optimizer.step()
+    elif not scaler.is_enabled():  # a step would make every weight nan
+        raise ModelError(f"the gradient's norm is {norm}, the update was not made: go on from the last checkpoint with "
+                         "a lower --lr")
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return norm.item()
+    return norm
+
+
+def step_weight_by_weight(optimizer: torch.optim.Optimizer, config: Config) -> None:
+    """Take the optimizer's step one weight at a time.
+
+    So only one needs its optimizer state on the device, or a copy in float32, whose sum with its change is then rounded
+    back to bfloat16 by `round_stochastically`: rounded to nearest, the change of a learning rate of 1e-6 would be lost.
+    """
+    groups = optimizer.param_groups
+    for group in groups:
+        for parameter in group["params"]:
+            weight, gradient = parameter.data, parameter.grad
+            if gradient is None:
+                continue
+            _move(optimizer.state.get(parameter, {}), parameter.device)
+            parameter.grad = None  # for a moment: it has to have the weight's type
+            parameter.data, parameter.grad = weight.float(), gradient.float()
+            optimizer.param_groups = [{**group, "params": [parameter]}]
+            optimizer.step()
+            changed, parameter.grad = parameter.data, None
+            parameter.data = weight
+            if weight.dtype == torch.bfloat16:
+                weight.copy_(round_stochastically(changed))
+            if config.offload_optimizer:
+                _move(optimizer.state.get(parameter, {}), torch.device("cpu"))
+    optimizer.param_groups = groups
+
+
+def _move(state: dict[str, Any], device: torch.device) -> None:
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            state[name] = value.to(device)
+
+
+def round_stochastically(values: torch.Tensor) -> torch.Tensor:
+    """Round float32 to one of the two neighbours in bfloat16, by chance, so that the mean is the value itself.
+
+    Source: stochastic rounding of bfloat16 weights (arXiv 2010.06192).
+    """
+    bits = values.view(torch.int32)  # bfloat16 is the upper half of a float32
+    noise = torch.randint_like(bits, 1 << 16)
+    return ((bits + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
 @dataclass
@@ -468,6 +520,8 @@ class Row:
     """(1, N), from 0 in each sequence."""
     sequence_lengths: list[int]
     """Sums to N."""
+    sequence_bounds: torch.Tensor
+    """(S + 1,) int32, where each of the S sequences begins, and N."""
     predicting: torch.Tensor
     """(M,) places in the row whose hidden state predicts a response token."""
     targets: torch.Tensor
@@ -479,6 +533,10 @@ class Row:
     old_logprobs: torch.Tensor | None = None
     """(M,) nats, of the policy before this batch's first update; None stands for the current ones."""
 
+    def to(self, device: torch.device) -> Row:
+        tensors: Any = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **tensors)
+
     def part(self, tokens: slice) -> Row:
         """Return some of the response tokens with all that is known of each."""
         old_logprobs = None if self.old_logprobs is None else self.old_logprobs[tokens]
@@ -489,12 +547,10 @@ class Row:
         )  # fmt: skip
 
 
-def pack(
-    weighted: Sequence[tuple[Rollout, float]], tokens_per_row: int, device: torch.device, ranks: int = 1
-) -> list[Row]:
+def pack(weighted: Sequence[tuple[Rollout, float]], tokens_per_row: int, ranks: int = 1) -> list[Row]:
     """Lay rollouts, each with its weight, into rows of at most `tokens_per_row` tokens; a longer one has its own.
 
-    Of several ranks each gets its part of the rows, all the same number of them.
+    Of several ranks each gets its part of the rows, all the same number of them. Rows are made in CPU memory.
     """
     bins: list[list[tuple[Rollout, float]]] = []
     free: list[int] = []
@@ -514,17 +570,18 @@ def pack(
             bins += [fullest[::2], fullest[1::2]]
         else:  # each has its own row already: forward the shortest once more, for nothing
             bins.append([(min(weighted, key=lambda pair: _row_tokens(pair[0]))[0], 0)])
-    return [_row(content, device) for content in (bins if ranks == 1 else bins[dist.get_rank() :: ranks])]
+    return [_row(content) for content in (bins if ranks == 1 else bins[dist.get_rank() :: ranks])]
 
 
 def _row_tokens(rollout: Rollout) -> int:
     return len(rollout.prompt_tokens) + len(rollout.response_tokens) - 1
 
 
-def _row(content: Sequence[tuple[Rollout, float]], device: torch.device) -> Row:
+def _row(content: Sequence[tuple[Rollout, float]]) -> Row:
     input_ids: list[int] = []
     position_ids: list[int] = []
     predicting: list[int] = []
+    lengths = [_row_tokens(rollout) for rollout, _ in content]
     for rollout, _ in content:
         start, size = len(input_ids), _row_tokens(rollout)
         input_ids += [*rollout.prompt_tokens, *rollout.response_tokens[:-1]]
@@ -533,46 +590,100 @@ def _row(content: Sequence[tuple[Rollout, float]], device: torch.device) -> Row:
 
     def per_token(values: Sequence[float]) -> torch.Tensor:
         """Repeat one value per rollout over its response tokens."""
-        counts = torch.tensor([len(rollout.response_tokens) for rollout, _ in content])
-        return torch.tensor(values).repeat_interleave(counts).to(device)
+        counts = [len(rollout.response_tokens) for rollout, _ in content]
+        return torch.tensor(values).repeat_interleave(torch.tensor(counts), output_size=sum(counts))
 
     return Row(
-        input_ids=torch.tensor([input_ids], device=device),
-        position_ids=torch.tensor([position_ids], device=device),
-        sequence_lengths=[_row_tokens(rollout) for rollout, _ in content],
-        predicting=torch.tensor(predicting, device=device),
-        targets=torch.tensor([t for rollout, _ in content for t in rollout.response_tokens], device=device),
+        input_ids=torch.tensor([input_ids]),
+        position_ids=torch.tensor([position_ids]),
+        sequence_lengths=lengths,
+        sequence_bounds=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
+        predicting=torch.tensor(predicting),
+        targets=torch.tensor([t for rollout, _ in content for t in rollout.response_tokens]),
         advantages=per_token([rollout.advantage for rollout, _ in content]),
         weights=per_token([float(weight) for _, weight in content]),
-        sampler_logprobs=torch.tensor([x for rollout, _ in content for x in rollout.sampler_logprobs], device=device),
+        sampler_logprobs=torch.tensor([x for rollout, _ in content for x in rollout.sampler_logprobs]),
         rescued=per_token([rollout.rescued for rollout, _ in content]),
     )
 
 
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+"""query: (1, heads, N, D); key, value: (1, key-value heads, N, D); scale of the scores. Returns (1, N, heads, D)."""
+
+
 def packed_attention(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, *, scaling: float, sequence_lengths: list[int] | None = None,
-    sliding_window: int | None = None, **others: object,
+    attention_mask: torch.Tensor | None, *, scaling: float, attend: Attend | None = None,
+    longest: int = 0, sliding_window: int | None = None, **others: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attend causally inside each sequence of a packed row, never across; called by transformers' models.
-
-    query: (1, heads, N, D); key, value: (1, key-value heads, N, D). Returns (1, N, heads, D).
-    """
-    if sequence_lengths is None:
-        raise RuntimeError("packed attention was called without sequence_lengths: decode with attention 'sdpa'")
-    if sliding_window is not None and max(sequence_lengths) > sliding_window:
+    """Attend causally inside each sequence of a packed row, never across; called by transformers' models."""
+    if attend is None:
+        raise RuntimeError("packed attention was called without a packed row: decode with attention 'sdpa'")
+    if sliding_window is not None and longest > sliding_window:
         raise ModelError(f"sequences are longer than the model's sliding window of {sliding_window} tokens")
     if any(others.get(name) is not None for name in ("softcap", "s_aux")):
         raise ModelError("the model caps its attention scores or has attention sinks, which packing does not support")
-    grouped = query.shape[1] != key.shape[1]
-    outputs = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
-        for q, k, v in zip(*(x.split(sequence_lengths, dim=2) for x in (query, key, value)), strict=True)
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return attend(query, key, value, scaling), None
 
 
 AttentionInterface.register("packed", packed_attention)
+
+
+def choose_attention(config: Config, device: torch.device) -> str:
+    """Return the kind of attention, see `Config.attention`."""
+    flash = device.type == "cuda" and resolve_dtype(config, device) != torch.float32
+    if config.attention == "auto":
+        return "varlen" if flash and torch.cuda.get_device_capability(device) >= (8, 0) else "sdpa"
+    if config.attention != "sdpa" and not (flash or (config.attention == "flex" and device.type == "cuda")):
+        raise ModelError(f"attention is {config.attention}: it needs a GPU"
+                         f"{' and 16 bits' * (config.attention != 'flex')}; take --attention sdpa")
+    if config.attention == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
+        raise ModelError("attention is flash_attn: it is not installed; pip install flash-attn, or take another")
+    return config.attention
+
+
+def attention_over(row: Row, kind: str) -> Attend:
+    """Return what attends inside the sequences of a row. All kinds compute the same, each in its own order."""
+    bounds, longest = row.sequence_bounds, max(row.sequence_lengths)
+
+    def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        each = zip(*(x.split(row.sequence_lengths, dim=2) for x in (query, key, value)), strict=True)
+        grouped = query.shape[1] != key.shape[1]
+        outputs = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+                   for q, k, v in each]
+        return torch.cat(outputs, dim=2).transpose(1, 2)
+
+    def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        # norms leave some of the three in float32 where weights are; (N, heads, D) each
+        q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
+        if kind == "varlen":
+            output: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0),
+                                      enable_gqa=q.shape[1] != k.shape[1])
+            return output[None]
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, softmax_scale=scale, causal=True)[None]
+
+    if kind == "sdpa":
+        return sdpa
+    if kind != "flex":
+        return flash
+    size = sum(row.sequence_lengths)
+    sequence = torch.bucketize(torch.arange(size, device=bounds.device), bounds[1:], right=True)  # (N,) each's number
+    mask = create_block_mask(lambda b, h, i, j: (sequence[i] == sequence[j]) & (i >= j), None, None, size, size,
+                             device=str(bounds.device))  # fmt: skip
+    flex: Any = flex_attention if bounds.device.type == "cpu" else _compiled_flex_attention()
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        q, k = query.to(value.dtype), key.to(value.dtype)
+        return flex(q, k, value, block_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
+
+    return attend
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
+    return torch.compile(flex_attention, dynamic=True)
 
 
 TokenLoss = Callable[[Row, torch.Tensor], torch.Tensor]
@@ -626,10 +737,15 @@ def token_logprobs(
 def _hidden_states(model: PreTrainedModel, row: Row, config: Config) -> torch.Tensor:
     """Return the hidden states of a row, (N, H), in the type in which the model computes."""
     compute_dtype = resolve_dtype(config, model.device)
-    with autocast(model.device, compute_dtype):
+    attend = attention_over(row, choose_attention(config, model.device))
+    offload = torch.autograd.graph.save_on_cpu(pin_memory=model.device.type == "cuda")
+    # a cache would keep 16-bit copies of all float32 weights until the end of the pass
+    with autocast(model.device, compute_dtype, cache=False), (
+        offload if config.offload_activations else contextlib.nullcontext()
+    ):
         hidden = model.base_model(
-            input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False,
-            sequence_lengths=row.sequence_lengths,
+            input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False, attend=attend,
+            longest=max(row.sequence_lengths),
         ).last_hidden_state[0]  # fmt: skip
     return hidden if compute_dtype == torch.float32 else hidden.to(compute_dtype)
 
@@ -646,9 +762,10 @@ def start_ranks(config: Config) -> None:
     count = torchrun_count()
     if count == 1:
         return
-    if config.lora_rank == 0 and config.optimizer == "adamw8bit":
-        raise ConfigError("optimizer is adamw8bit: it cannot shard its state over several GPUs; take --optimizer adamw "
-                          "or --lora-rank 32")
+    for name, value in (("optimizer", "adamw8bit"), ("trained_weights", "bfloat16"), ("offload_optimizer", True)):
+        if config.lora_rank == 0 and getattr(config, name) == value:
+            raise ConfigError(f"{name} is {value}: it is not made for weights that are sharded over GPUs; leave it "
+                              "out, or take --lora-rank 32")
     device = resolve_device(config.device)
     if device.index is not None:
         raise ConfigError(f"device is {config.device}: torchrun gives each process its own GPU; leave --device out")
@@ -811,17 +928,16 @@ def _on_rank_0(value: Any) -> Any:
     return tensor.cpu() if leads() else None
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Set an optimizer's state to one of `whole_state`, sharded as its parameters are."""
-    def like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
-            return value
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], config: Config) -> None:
+    """Set an optimizer's state to one of `whole_state`, sharded as its parameters are; `restore` sets the rest."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    states = {number: {name: like(parameters[number], value) for name, value in state.items()}
-              for number, state in saved["state"].items()}
-    optimizer.load_state_dict({**saved, "state": states})
+    for number, state in saved["state"].items():  # not by load_state_dict, which casts to the parameter's type
+        parameter, state = parameters[number], dict(state)
+        _move(state, torch.device("cpu") if config.offload_optimizer else parameter.device)
+        for name, value in state.items():
+            if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+                state[name] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        optimizer.state[parameter] = state
 
 
 # -------------------------------------------------------------------------- the policy
@@ -911,19 +1027,39 @@ def load_policy(config: Config, source: str, checkpoint: Path | None, device: to
                          "with --resume RUN, or merge it into its base first (peft's merge_and_unload)")
     model = load_model(
         source if lora or checkpoint is None else str(checkpoint),
-        dtype=resolve_dtype(config, device) if lora else torch.float32,  # lr 1e-6 is lost in bfloat16 weights
-        device=device, trust_remote_code=config.trust_remote_code,
+        dtype=resolve_dtype(config, device) if lora else getattr(torch, config.trained_weights),
+        device=device, trust_remote_code=config.trust_remote_code, four_bits=config.quantize_base,
     )
-    policy: torch.nn.Module = model
-    if lora:
-        policy = add_lora(model, config, checkpoint)
-    causal_lm(policy).set_attn_implementation("packed")
+    return prepare_policy(model, config, checkpoint)
+
+
+def prepare_policy(model: PreTrainedModel, config: Config, checkpoint: Path | None = None) -> torch.nn.Module:
+    """Make a loaded model the policy to train: LoRA, packed attention, no dropout, what is recomputed."""
+    policy: torch.nn.Module = add_lora(model, config, checkpoint) if config.lora_rank > 0 else model
+    model.set_attn_implementation("packed")
     for module in policy.modules():
         if isinstance(module, torch.nn.Dropout):  # the trainer's log-probs must be the sampler's
             module.p = 0.0
+        if hasattr(module, "cast_input_dtype_enabled"):  # of LoRA: autocast is enough, and keeps no float32 copy
+            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
     if config.gradient_checkpointing:
-        causal_lm(policy).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=RECOMPUTE)
+    if config.mlp_chunk_tokens:
+        for layer in model.base_model.layers:  # type: ignore[union-attr]
+            layer.mlp.forward = functools.partial(chunked_mlp, layer.mlp.forward, config.mlp_chunk_tokens)
     return policy
+
+
+# no dropout, so no random numbers to repeat
+RECOMPUTE: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+
+
+def chunked_mlp(mlp: Callable[[torch.Tensor], torch.Tensor], tokens: int, hidden: torch.Tensor) -> torch.Tensor:
+    """Apply a block's MLP to a few tokens at a time, keeping nothing but its input: (1, N, H) -> (1, N, H).
+
+    Its inner width is several times the model's, so it is what needs most memory while a block is recomputed.
+    """
+    return torch.cat([checkpoint(mlp, part, **RECOMPUTE) for part in hidden.split(tokens, dim=1)], dim=1)
 
 
 def add_lora(model: PreTrainedModel, config: Config, checkpoint: Path | None) -> torch.nn.Module:
@@ -951,7 +1087,9 @@ def make_optimizer(policy: torch.nn.Module, config: Config) -> torch.optim.Optim
 
 
 def optimizer_bytes(policy: torch.nn.Module, config: Config) -> int:
-    """Return what the optimizer's state will take once the first update has made it."""
+    """Return what the optimizer's state will take on the device once the first update has made it."""
+    if config.offload_optimizer:
+        return 0
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     share = rank_count() if is_sharded(policy) else 1
     return trained * {"adamw": 8, "adamw8bit": 2, "sgd": 0}[config.optimizer] // share
@@ -974,9 +1112,9 @@ def check_packing(policy: torch.nn.Module, config: Config) -> None:
     tokens = torch.arange(2, 11, device=model.device) % model.config.get_text_config().vocab_size
     sequences = [tokens[:4].tolist(), tokens.tolist()]
     rollouts = [Rollout("", s[:1], s[1:], [0.0] * (len(s) - 1), "", "stop") for s in sequences]
-    (row,) = pack([(rollout, 1) for rollout in rollouts], 64, model.device)
+    (row,) = pack([(rollout, 1) for rollout in rollouts], 64)
     with torch.no_grad():
-        packed = token_logprobs(policy, row, 1.0, config)[0]
+        packed = token_logprobs(policy, row.to(model.device), 1.0, config)[0]
         model.set_attn_implementation("sdpa")
         expected = []
         with autocast(model.device, compute_dtype):
@@ -1026,11 +1164,11 @@ def supervised_steps(
             chosen = [examples[next(order)] for _ in range(config.warmup_batch)]
             rollouts = [Rollout("", prompt, response, [0.0] * len(response), "", "stop") for prompt, response in chosen]
             tokens = sum(len(response) for _, response in chosen)
-            for row in pack([(r, 1 / tokens) for r in rollouts], config.tokens_per_micro_batch, device, ranks):
-                token_logprobs(policy, row, 1.0, config, cross_entropy)
+            for row in pack([(r, 1 / tokens) for r in rollouts], config.tokens_per_micro_batch, ranks):
+                token_logprobs(policy, row.to(device), 1.0, config, cross_entropy)
             if ranks > 1:
                 sum_gradients(policy)
-            apply_gradient(policy, optimizer, 1.0, scaler)
+            apply_gradient(policy, optimizer, 1.0, scaler, config)
             advance(1)
 
 
@@ -1137,7 +1275,7 @@ def restore(
     saved = torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True)
     for name in SAVED_STATE:
         setattr(state, name, saved[name])
-    load_optimizer(optimizer, saved["optimizer"])
+    load_optimizer(optimizer, saved["optimizer"], config)
     if scaler.is_enabled() and saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
     for parameters in optimizer.param_groups:  # the state's own values would win over a new --lr
@@ -1355,7 +1493,7 @@ def step_metrics(
         "tokens/rollout": sum(tokens),
         "tokens/per_second": sum(tokens) / clock.seconds["rollout"],
         "tokens/update": update.tokens,
-        "tokens/update_saved": update.tokens_saved,
+        "tokens/update_release": update.tokens_release,
         "memory/rollout_gib": clock.memory["rollout"],
         "memory/update_gib": clock.memory["update"],
     }

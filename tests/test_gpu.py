@@ -67,8 +67,25 @@ def groups_of(engine: HFEngine | VLLMEngine, given: list[list[int]], count: int,
 
 def differences(policy: torch.nn.Module, groups: list[Group], temperature: float, config: Config) -> torch.Tensor:
     """Return trainer - sampler log-prob of every token."""
-    rows = train.pack([(r, 1) for group in groups for r in group.rollouts], 4096, DEVICE)
+    rows = [row.to(DEVICE) for row in train.pack([(r, 1) for group in groups for r in group.rollouts], 4096)]
     return torch.cat([train.token_logprobs(policy, row, temperature, config)[0] - row.sampler_logprobs for row in rows])
+
+
+@pytest.mark.parametrize("attention", ["varlen", "flash_attn", "flex"])
+def test_attention_agrees_with_sdpa_forward_and_backward(attention):
+    if attention == "flash_attn":
+        pytest.importorskip("flash_attn")
+    rollouts = [Rollout("p", [5] * n, [7] * m, [0.0] * m, "", "stop") for n, m in ((3, 400), (60, 1), (1, 1000))]
+    (row,) = (row.to(DEVICE) for row in train.pack([(r, 1) for r in rollouts], 4096))
+    torch.manual_seed(0)
+    leaves = [torch.randn(1, h, row.input_ids.shape[1], 128, device=DEVICE).bfloat16().requires_grad_()
+              for h in (16, 8, 8)]  # fmt: skip
+    found = []
+    for kind in ("sdpa", attention):
+        output = train.attention_over(row, kind)(*leaves, 0.09)
+        found.append([output, *torch.autograd.grad(output.float().square().sum(), leaves)])
+    for ours, theirs in zip(*found, strict=True):
+        assert ((ours - theirs).float().norm() / theirs.float().norm()).item() < 0.01
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

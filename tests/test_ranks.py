@@ -71,7 +71,7 @@ def updates(model: Path, case: str) -> dict[str, Any]:
         if train.rank_count() > 1:
             torch.distributed.broadcast_object_list(state)
         setup.optimizer = train.make_optimizer(policy, config)
-        train.load_optimizer(setup.optimizer, state[0])
+        train.load_optimizer(setup.optimizer, state[0], config)
     weights = {name: train._on_rank_0(weight) for name, weight in policy.state_dict().items()}
     return {"weights": weights, "results": results, "optimizer": state[0]}
 
@@ -119,11 +119,11 @@ def test_each_rank_packs_its_part_of_the_rows(monkeypatch):
     weighted = [(rollout, 1) for rollout in random_rollouts(9)]
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
     for tokens_per_row in (60, 1):  # 1: each rollout has a row of its own, and their number need not divide
-        whole = train.pack(weighted, tokens_per_row, torch.device("cpu"))
+        whole = train.pack(weighted, tokens_per_row)
         for count in (2, 3, 4):
             parts = []
             for rank in range(count):  # noqa: B007  get_rank reads it
-                parts.append(train.pack(weighted, tokens_per_row, torch.device("cpu"), count))
+                parts.append(train.pack(weighted, tokens_per_row, count))
             assert len({len(part) for part in parts}) == 1
             targets = sorted(t for part in parts for row in part for t in row.targets[row.weights > 0].tolist())
             assert targets == sorted(t for row in whole for t in row.targets.tolist())
@@ -191,11 +191,17 @@ def test_ctrl_c_ends_all_ranks_with_a_checkpoint(environment, tmp_path):
 # ------------------------------------------------------------------------------ errors
 
 
-def test_8_bit_adam_is_refused_for_sharded_weights_before_anything_is_loaded(environment, run_train, monkeypatch):
+@pytest.mark.parametrize(("option", "message"), [
+    (["--optimizer", "adamw8bit"], "optimizer is adamw8bit"), (["--offload-optimizer"], "offload_optimizer is True"),
+    (["--trained-weights", "bfloat16"], "trained_weights is bfloat16"),
+])  # fmt: skip
+def test_what_cannot_be_sharded_is_refused_before_anything_is_loaded(
+    environment, run_train, monkeypatch, option, message
+):
     monkeypatch.setitem(environment, "WORLD_SIZE", "3")
-    result = run_train("--optimizer", "adamw8bit")
+    result = run_train(*option)
     assert result.returncode == 2
-    assert "optimizer is adamw8bit: it cannot shard its state" in result.stderr
+    assert f"{message}: it is not made for weights that are sharded" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 

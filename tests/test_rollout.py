@@ -46,7 +46,7 @@ def test_sampler_logprobs_are_the_trainers(kind, temperature):
         Rollout("p", prompt, r.tokens, r.sampler_logprobs, "", r.finish_reason)
         for prompt, r in zip(prompts(40), responses, strict=True)
     ]
-    for row in pack([(r, 1) for r in rollouts], 300, torch.device("cpu")):
+    for row in pack([(r, 1) for r in rollouts], 300):
         logprobs, _ = token_logprobs(causal_lm(e.policy), row, temperature, Config())
         torch.testing.assert_close(logprobs, row.sampler_logprobs, rtol=0, atol=3e-5)
 

@@ -10,9 +10,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 from conftest import random_rollouts, tiny_model
 
 from polaris_mini import Config, Group, Problem, Rollout, policy_loss
-from rollout import ModelError
+from rollout import ModelError, policy_weights
 from train import (
-    Row, add_lora, check_packing, load_policy, loss_scaler, make_optimizer, pack, token_logprobs, update_policy,
+    Row, add_lora, apply_gradient, attention_over, check_packing, load_optimizer, load_policy, loss_scaler,
+    make_optimizer, pack, prepare_policy, round_stochastically, token_logprobs, update_policy,
 )
 
 T = 1.4
@@ -63,7 +64,7 @@ def test_gradient_equals_padded_full_logits(kind, tied, tokens_per_row, chunk):
                               dual_clip=3.0)
         return loss * part.weights / tokens
 
-    for row in pack(list(zip(rollouts, weights, strict=True)), tokens_per_row, torch.device("cpu")):
+    for row in pack(list(zip(rollouts, weights, strict=True)), tokens_per_row):
         token_logprobs(model, row, T, Config(logprob_chunk_tokens=chunk), token_loss)
     error = (gradient(model) - expected).norm() / expected.norm()
     assert error < 1e-9
@@ -137,35 +138,153 @@ def test_no_informative_group_means_no_update():
     assert torch.equal(torch.nn.utils.parameters_to_vector(model.parameters()), before)
 
 
-def test_gradient_checkpointing_does_not_change_the_gradient():
-    rollouts = random_rollouts(6)
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_what_saves_memory_does_not_change_the_gradient(kind):
+    checkpointing = {"gradient_checkpointing": True}
     results = []
-    for checkpointing in (False, True):
-        model = tiny_model("qwen3", tied=True).double().train()
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.set_attn_implementation("packed")
-        (row,) = pack([(r, 1) for r in rollouts], 10_000, torch.device("cpu"))
-        token_logprobs(model, row, T, Config(), lambda part, logprobs: logprobs * part.advantages)
+    for change in ({}, checkpointing, {**checkpointing, "offload_activations": True},
+                   {**checkpointing, "mlp_chunk_tokens": 13},
+                   {**checkpointing, "mlp_chunk_tokens": 13, "offload_activations": True}):  # fmt: skip
+        config = Config(**change)
+        model = prepare_policy(tiny_model(kind, tied=True).double(), config).train()
+        (row,) = pack([(r, 1) for r in random_rollouts(6)], 10_000)
+        token_logprobs(model, row, T, config, lambda part, logprobs: logprobs * part.advantages)
         results.append(gradient(model))
-    assert relative(results[1], results[0]) < 1e-9
+    for result in results[1:]:
+        assert relative(result, results[0]) < 1e-9
+
+
+def test_offloaded_activations_are_the_inputs_of_the_blocks():
+    """Nothing else of a row's length stays: what autograd keeps goes through its hooks, and only block inputs do."""
+    model = prepare_policy(tiny_model("qwen3", tied=True), Config(gradient_checkpointing=True)).train()
+    (row,) = pack([(r, 1) for r in random_rollouts(6)], 10_000)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model.base_model.layers[0](model.base_model.embed_tokens(row.input_ids), attend=attention_over(row, "sdpa"),
+                                   position_embeddings=model.base_model.rotary_emb(torch.zeros(1), row.position_ids))
+    assert [tuple(t.shape) for t in kept if t.is_floating_point()] == [(1, row.input_ids.shape[1], 32)]
+
+
+def test_flex_attention_agrees_with_sdpa():
+    """Its forward pass, uncompiled: it has no backward on a CPU. The others need a GPU, see test_gpu.py."""
+    (row,) = pack([(r, 1) for r in random_rollouts(6)], 10_000)
+    size = row.input_ids.shape[1]
+    query, key, value = (torch.randn(1, heads, size, 16) for heads in (4, 2, 2))
+    sdpa, flex = (attention_over(row, kind)(query, key, value, 0.3) for kind in ("sdpa", "flex"))
+    torch.testing.assert_close(flex, sdpa)
+
+
+@pytest.mark.parametrize(("attention", "needs"), [
+    ("varlen", "a GPU and 16 bits"), ("flash_attn", "a GPU and 16 bits"), ("flex", "a GPU"),
+])  # fmt: skip
+def test_attention_that_needs_a_gpu_says_so(attention, needs):
+    with pytest.raises(ModelError, match=f"attention is {attention}: it needs {needs}; take --attention sdpa"):
+        check_packing(tiny_model("qwen3", tied=True), Config(attention=attention))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "sgd"])
+def test_offloaded_optimizer_takes_the_same_steps(optimizer):
+    found = []
+    for offload in (False, True):
+        model = tiny_model("qwen3", tied=True, head_dim=64)  # 8-bit state begins at 4,096 weights
+        config = Config(optimizer=optimizer, lr=1e-2, offload_optimizer=offload)
+        optimizer_ = make_optimizer(model, config)
+        for seed in range(3):
+            update_policy(model, optimizer_, UNSCALED, grouped(random_rollouts(6, seed), [1, 2]), T, config)
+        found.append((torch.nn.utils.parameters_to_vector(model.parameters()), optimizer_.state_dict()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert str(found[0][1]) == str(found[1][1])
+
+
+def test_stochastic_rounding_is_right_on_average_and_leaves_what_bfloat16_can_hold():
+    torch.manual_seed(0)
+    value = torch.tensor([1.0 + 2**-9, -3.0 - 2**-10, 1e-30, 0.0])  # the first is a quarter of a step above 1
+    rounded = torch.stack([round_stochastically(value) for _ in range(40_000)]).double()
+    torch.testing.assert_close(rounded.mean(0), value.double(), rtol=1e-4, atol=0)
+    assert set(rounded[:, 0].tolist()) == {1.0, 1.0 + 2**-7}
+    exact = torch.randn(1000).bfloat16()
+    assert torch.equal(round_stochastically(exact.float()), exact)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_bfloat16_weights_move_at_a_learning_rate_of_a_millionth(optimizer):
+    """Rounded to nearest none of them would: a step of 1e-6 is far below half of what bfloat16 resolves near 1."""
+    torch.manual_seed(0)
+    config = Config(optimizer=optimizer, lr=1e-6, weight_decay=0.0, trained_weights="bfloat16", max_grad_norm=1e9)
+    layer = torch.nn.Linear(512, 512, bias=False).bfloat16()
+    layer.weight.data.fill_(1.0)
+    optimizer_ = make_optimizer(layer, config)
+    for _ in range(200):
+        layer.weight.grad = torch.ones_like(layer.weight)
+        apply_gradient(layer, optimizer_, 1e9, UNSCALED, config)
+    change = (layer.weight.double() - 1).mean().item()
+    assert change == pytest.approx(-200 * 1e-6, rel=0.1)
+    assert torch.equal(torch.ones(1).bfloat16() - 1e-6, torch.ones(1).bfloat16())
+
+
+def test_bfloat16_weights_give_the_gradient_of_float32_and_a_float32_optimizer_state():
+    rollouts = random_rollouts(12)
+    found = {}
+    for kind in ("float32", "bfloat16"):
+        config = Config(trained_weights=kind, dtype="bfloat16", optimizer="sgd", lr=1.0, weight_decay=0.0)
+        model = tiny_model("qwen3", tied=True).bfloat16().to(getattr(torch, kind))
+        (row,) = pack([(r, 1) for r in rollouts], 10_000)
+        token_logprobs(model, row, T, config, lambda part, logprobs: logprobs * part.advantages)
+        found[kind] = gradient(model).float()
+    assert torch.nn.functional.cosine_similarity(*found.values(), dim=0) > 0.999
+
+    config = replace(config, optimizer="adamw", lr=1e-3)
+    optimizer_ = make_optimizer(model, config)
+    update_policy(model, optimizer_, UNSCALED, grouped(rollouts, [1, 1, 1, 1]), T, config)
+    again = make_optimizer(model, config)
+    load_optimizer(again, optimizer_.state_dict(), config)
+    states = [state for optimizer in (optimizer_, again) for state in optimizer.state.values()]
+    assert all(state["exp_avg"].dtype == torch.float32 for state in states)
+    assert str(again.state_dict()["state"]) == str(optimizer_.state_dict()["state"])
+
+
+def test_quantized_base_trains_adapters_and_hands_over_what_it_computes_with(tmp_path):
+    """The engine gets the 4-bit weights as they are used, with the adapters merged in: the same log-probs."""
+    tiny_model("qwen3", tied=True, head_dim=32).save_pretrained(tmp_path)
+    config = Config(model=str(tmp_path), lora_rank=4, lr=1e-2, quantize_base=True, gradient_checkpointing=True)
+    policy = load_policy(config, config.model, None, torch.device("cpu"))
+    packed = policy.get_base_model().base_model.layers[0].mlp.up_proj.base_layer.weight
+    assert packed.dtype == torch.uint8
+    assert packed.numel() * 2 == 64 * 128
+    check_packing(policy, config)
+    optimizer_ = make_optimizer(policy, config)
+    rollouts = random_rollouts(6)
+    before = {name: p.clone() for name, p in policy.named_parameters() if not p.requires_grad}
+    update = update_policy(policy, optimizer_, UNSCALED, grouped(rollouts, [1, 1]), T, config)
+    assert update.grad_norm > 0
+    assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters() if not p.requires_grad)
+    handed_over = dict(policy_weights(policy, torch.float32))
+    other = tiny_model("qwen3", tied=True, head_dim=32)
+    full_precision = {name: weight.clone() for name, weight in other.state_dict().items()}
+    assert set(handed_over) == set(full_precision)
+    other.load_state_dict(handed_over)
+    (row,) = pack([(r, 1) for r in rollouts], 10_000)
+    of_policy, of_other = (token_logprobs(model, row, T, Config())[0] for model in (policy, other))
+    torch.testing.assert_close(of_policy, of_other, rtol=1e-3, atol=1e-3)
+    assert relative(handed_over["model.layers.0.mlp.up_proj.weight"],
+                    full_precision["model.layers.0.mlp.up_proj.weight"]) > 0.02  # it was rounded to 4 bits
 
 
 def test_entropy_of_every_token():
     model = tiny_model("llama", tied=False).double()
     model.set_attn_implementation("packed")
     rollouts = random_rollouts(3)
-    (row,) = pack([(r, 1) for r in rollouts], 10_000, torch.device("cpu"))
+    (row,) = pack([(r, 1) for r in rollouts], 10_000)
     _, entropy = token_logprobs(model, row, T, Config(logprob_chunk_tokens=4))
     hidden = model.model(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False,
-                         sequence_lengths=row.sequence_lengths).last_hidden_state[0, row.predicting]
+                         attend=attention_over(row, "sdpa")).last_hidden_state[0, row.predicting]
     expected = torch.distributions.Categorical(logits=model.lm_head(hidden) / T).entropy()
     torch.testing.assert_close(entropy, expected)
 
 
 def test_pack_fills_rows_and_keeps_every_token_once():
     rollouts = random_rollouts(50, longest=60)
-    rows = pack([(r, 1) for r in rollouts], 100, torch.device("cpu"))
+    rows = pack([(r, 1) for r in rollouts], 100)
     assert all(sum(row.sequence_lengths) == row.input_ids.shape[1] <= 100 for row in rows)
     assert sum(len(row.targets) for row in rows) == sum(len(r.response_tokens) for r in rollouts)
     needed = sum(len(r.prompt_tokens) + len(r.response_tokens) - 1 for r in rollouts)
@@ -175,7 +294,7 @@ def test_pack_fills_rows_and_keeps_every_token_once():
 def test_packed_attention_refuses_a_forward_that_was_not_packed():
     model = tiny_model("qwen3", tied=True)
     model.set_attn_implementation("packed")
-    with pytest.raises(RuntimeError, match="sequence_lengths"):
+    with pytest.raises(RuntimeError, match="without a packed row"):
         model(input_ids=torch.tensor([[2, 3, 4]]))
 
 
@@ -186,7 +305,7 @@ def test_optimizer_lowers_the_loss(optimizer):
     model.set_attn_implementation("packed")
     config = Config(optimizer=optimizer, lr=1.0 if optimizer == "sgd" else 1e-2)
     rollout = replace(random_rollouts(1)[0], advantage=1.0)
-    (row,) = pack([(rollout, 1)], 1000, torch.device("cpu"))
+    (row,) = pack([(rollout, 1)], 1000)
     optimizer_ = make_optimizer(model, config)
     before = token_logprobs(model, row, T, config)[0].sum().item()
     for _ in range(5):
@@ -255,7 +374,7 @@ def test_dropout_of_a_model_is_switched_off(tmp_path):
     folder = save_tiny(tmp_path, GPT2Config, GPT2LMHeadModel, n_embd=32, n_layer=2, n_head=4)
     config = Config(max_prompt_tokens=16, max_response_tokens=16)
     policy = load_policy(config, folder, None, torch.device("cpu")).train()
-    (row,) = pack([(r, 1) for r in random_rollouts(3)], 1000, torch.device("cpu"))
+    (row,) = pack([(r, 1) for r in random_rollouts(3)], 1000)
     first, second = (token_logprobs(policy, row, T, config)[0] for _ in range(2))
     assert torch.equal(first, second)
 
@@ -314,7 +433,7 @@ def test_mismatch_weighs_each_token_but_no_rescued_one(mismatch, weights):
     for rescued in (False, True):
         model = tiny_model("qwen3", tied=True)
         config = Config(optimizer="sgd", lr=1.0, weight_decay=0.0, max_grad_norm=1e9, mismatch=mismatch)
-        (row,) = pack([(replace(rollout, sampler_logprobs=[0.0] * 4), 1)], 999, torch.device("cpu"))
+        (row,) = pack([(replace(rollout, sampler_logprobs=[0.0] * 4), 1)], 999)
         each = torch.tensor([1.0] * 4 if rescued else weights) / 4
         trainer = token_logprobs(model, row, T, config, lambda part, logprobs, each=each: -logprobs * each)[0]
         gradient_ = gradient(model)
