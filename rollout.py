@@ -550,33 +550,40 @@ def policy_weights(policy: torch.nn.Module, dtype: torch.dtype) -> Iterator[tupl
         yield name.replace(".base_layer.", "."), whole(weight).to(dtype)
 
 
+KV_BLOCK = 128
+"""Tokens; vLLM rounds each sequence up to its block, which is no larger."""
+
+
+def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * width * dtype.itemsize
+
+
 def kv_cache_bytes(config: PretrainedConfig, settings: Common, max_tokens: int, reserved_bytes: int = 0) -> int:
     """Give vLLM's key-value cache what all sequences need at their longest, at most what the device has left.
 
     Raises: ModelError if not even one response fits.
     """
     device = resolve_device(settings.device)
-    item = resolve_dtype(settings, device).itemsize
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    per_token = 2 * text.num_hidden_layers * heads * width * item
+    dtype = resolve_dtype(settings, device)
+    per_token = kv_bytes_per_token(config, dtype)
     if device.type == "cuda":
         with torch.device("meta"):  # no memory: only to count
             weights = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=settings.trust_remote_code
-            ).num_parameters() * item
+            ).num_parameters() * dtype.itemsize
         free, total = torch.cuda.mem_get_info(device)
         left = free - weights - reserved_bytes - 0.1 * total  # a tenth for activations, CUDA graphs, what else there is
     else:
         left = 0.25 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    block = 128  # tokens; vLLM rounds each sequence up to its block
-    if left < per_token * (max_tokens + block):
+    if left < per_token * (max_tokens + KV_BLOCK):
         raise ModelError(
             f"engine is vllm: the key-value cache of one response of {max_tokens} tokens with its prompt takes "
             f"{per_token * max_tokens / 2**30:.1f} GiB, {max(0.0, left) / 2**30:.1f} are left: at most "
-            f"{max(0, int(left / per_token) - block)} tokens fit; lower --max-response-tokens")
-    return int(min(left, per_token * (max_tokens + block) * settings.rollouts_per_batch))
+            f"{max(0, int(left / per_token) - KV_BLOCK)} tokens fit; lower --max-response-tokens")
+    return int(min(left, per_token * (max_tokens + KV_BLOCK) * settings.rollouts_per_batch))
 
 
 # ---------------------------------------------------------------- groups and their grades

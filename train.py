@@ -5,6 +5,7 @@
     python train.py --resume runs/NAME [--steps 200]       # go on where a run stopped
     python train.py ablate                                 # what each mechanism does, in the toy world
     python train.py plot runs/NAME                         # draw its curves again
+    python train.py plan --preset rtx-24gb                 # what it takes of a GPU's memory, and what would fit
     torchrun --nproc_per_node 2 train.py --model …         # on two GPUs
     python train.py --help                                 # every setting, with its source
 
@@ -17,6 +18,7 @@ Left out: several machines, critics, KL and entropy terms, asynchronous rollouts
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib
@@ -32,8 +34,9 @@ import signal
 import statistics
 import sys
 import time
+import weakref
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -42,6 +45,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 import tyro
 from rich.console import Console
 from rich.progress import (
@@ -49,12 +53,17 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase,
+    Qwen2Config, Qwen3Config, Qwen3ForCausalLM,
+)
 from transformers.utils import logging as transformers_logging
 
 import data
@@ -66,10 +75,10 @@ from polaris_mini import (
 )
 from reward import RewardPool
 from rollout import (
-    Engine, EngineError, Evaluation, HFEngine, Measure, ModelError, ProbeCurves, Response, Sampling, VLLMEngine,
-    autocast, base_model, causal_lm, encode_prompts, evaluate, is_sharded, load_model, load_problems, load_tokenizer,
-    rank_count, refuse_torchrun, resolve_device, resolve_dtype, reward_pool, run_measure, sample_groups, set_rewards,
-    torchrun_count, uses_vllm, whole,
+    KV_BLOCK, Engine, EngineError, Evaluation, HFEngine, Measure, ModelError, ProbeCurves, Response, Sampling,
+    VLLMEngine, autocast, base_model, causal_lm, encode_prompts, evaluate, is_sharded, kv_bytes_per_token, load_model,
+    load_problems, load_tokenizer, rank_count, refuse_torchrun, resolve_device, resolve_dtype, reward_pool, run_measure,
+    sample_groups, set_rewards, torchrun_count, uses_vllm, whole,
 )
 
 # ---------------------------------------------------------------------------- the loop
@@ -134,6 +143,7 @@ def train(setup: Setup, config: Config, run: Run, display: Display, interrupt: I
         finally:  # whatever becomes of the evaluation, the step is done
             run.log_metrics(state.step, metrics)
         display.row(metrics)
+        compare_with_plan(config, metrics, display)
         if state.step % config.checkpoint_every == 0:
             save_checkpoint(setup, config, run)
     save_checkpoint(setup, config, run)
@@ -968,6 +978,11 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
     if sharded:
         shard(causal_lm(policy), device)
     optimizer, scaler = make_optimizer(policy, config), loss_scaler(config, device)
+    if device.type == "cuda" and (
+        plan := plan_memory(config, card := torch.cuda.mem_get_info()[1], rank_count())
+    ).peak() > card:
+        display.note(f"warning: {plan.peak() / GIB:.1f} GiB are planned, the GPU has {card / GIB:.1f}: what would fit "
+                     "is said by python train.py plan")
     if leads():
         run.folder.mkdir(parents=True, exist_ok=True)
     state = State(ProblemSampler(training, config.seed), Sink(run.folder / "sink.sqlite" if leads() else None))
@@ -1847,6 +1862,338 @@ def draw_ablation(runs: dict[str, list[Run]], path: Path) -> Path:
     return path
 
 
+# --------------------------------------------------------------------- the memory plan
+
+GIB = 2**30
+CUDA_CONTEXT = 1.0 * GIB
+"""CUDA's context, its libraries' workspaces, gaps between tensors: an assumption."""
+KNOWN_SHAPES: dict[str, PretrainedConfig] = {
+    **{name: Qwen3Config(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=tied,
+    ) for name, hidden, inner, layers, heads, tied in (
+        ("Qwen/Qwen3-1.7B", 2048, 6144, 28, 16, True), ("Qwen/Qwen3-4B", 2560, 9728, 36, 32, True),
+        ("Qwen/Qwen3-8B", 4096, 12288, 36, 32, False),
+    )},
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": Qwen2Config(
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+        vocab_size=152064, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+"""So that the presets' models can be planned without a network. Source: their config.json on the hub."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Say what a run takes of a GPU's memory, phase by phase, and the cheapest change that makes it fit.
+
+    Needs neither a GPU nor weights. Every other option is one of training (python train.py --help).
+    """
+
+    gpu_memory: float = 24.0
+    """GiB of each GPU."""
+    gpus: int = 1
+    """How many torchrun will use."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by phase and by what takes them, on each GPU."""
+
+    phases: dict[str, dict[str, float]]
+    responses: float
+    """Responses of full length that the engine's key-value cache holds at once."""
+
+    def peak(self, *phases: str) -> float:
+        return max(sum(self.phases[phase].values()) for phase in phases or self.phases)
+
+
+def plan_memory(config: Config, card: float, gpus: int = 1) -> MemoryPlan:
+    """Work out what every phase of a step takes of a GPU with `card` bytes.
+
+    What the update takes is not estimated by formulas but found by a dry run of its own code, see `dry_run`.
+    """
+    if config.dtype == "auto":
+        config = replace(config, dtype="bfloat16")
+    shape, compute = model_shape(config), getattr(torch, config.dtype)
+    policy = unloaded_policy(config, shape)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    head: Any = causal_lm(policy).get_output_embeddings()
+    linear = [m.weight for m in policy.modules() if type(m) is torch.nn.Linear and m is not head]
+    weights: float = sum(p.numel() * p.element_size() for p in policy.parameters())
+    if config.quantize_base:  # half a byte, and 8 bits for every 64 weights with 32 bits for every 256 of these
+        frozen = sum(w.numel() for w in linear if not w.requires_grad)
+        weights -= frozen * (compute.itemsize - 0.5 - 1 / 64 - 4 / (64 * 256))
+    gradients: float = sum(p.numel() * p.element_size() for p in trained)
+    state: float = optimizer_bytes(policy, config)
+    model_size = sum(p.numel() for p in policy.parameters() if config.lora_rank == 0 or not p.requires_grad)
+    gathered = 0.0
+    if gpus > 1 and config.lora_rank == 0:  # FSDP brings embedding, head and two blocks together
+        layers: Any = causal_lm(policy).base_model.layers
+        block = sum(p.numel() * p.element_size() for p in layers[0].parameters())
+        gathered = weights - (len(layers) - 2) * block
+        weights, gradients, state = weights / gpus, gradients / gpus, state / gpus
+
+    sequence = config.max_prompt_tokens + config.longest_response
+    rows = min(config.tokens_per_micro_batch, sequence * config.prompts_per_step * config.group_size)
+    tokens = max(sequence, rows)
+    same = replace(config, quantize_base=False, offload_activations=False, offload_optimizer=False, optimizer="adamw",
+                   attention="sdpa", lr=1.0)  # in these a dry run would not differ
+    one, two = (dry_run(same, layers, tokens) for layers in (1, 2))
+    more: int = 0 if config.offload_activations else shape.get_text_config().num_hidden_layers - 1
+    kept, logprobs, backward = (a + more * (b - a) for a, b in zip(one, two, strict=True))
+    if config.quantize_base:  # one matrix at a time is made 16-bit again
+        backward += max(w.numel() for w in linear) * compute.itemsize
+    largest = max(p.numel() for p in trained)
+    by_weight = config.offload_optimizer or config.trained_weights == "bfloat16"
+
+    per_token = kv_bytes_per_token(shape, compute)
+    longest = per_token * (sequence + KV_BLOCK)
+    held = {"policy": weights, "gathered weights": gathered, "optimizer": state, "CUDA": CUDA_CONTEXT}
+    cache = float(longest * config.rollouts_per_batch)
+    if config.engine == "hf":  # the policy itself; autocast keeps 16-bit copies of float32 weights
+        copies = model_size * compute.itemsize
+        rollout = {**held, "engine weights": copies if weights > copies else 0.0}
+    else:
+        rollout = {**held, "CUDA": CUDA_CONTEXT + 0.1 * card, "engine weights": model_size * compute.itemsize}
+        cache = max(longest, min(card - sum(rollout.values()), cache))
+    always = {**held, "gradients": gradients}
+    phases = {
+        "rollout": {**rollout, "key-value cache": cache},
+        "log-probs": {**always, "activations kept": kept, "log-prob chunk": logprobs - kept},
+        "backward": {**always, "activations kept": kept, "block recomputed" if config.gradient_checkpointing else
+                     "backward": backward - kept},
+        "optimizer step": {**always, "one weight": largest * 24.0 if by_weight else 0.0},
+    }  # fmt: skip
+    return MemoryPlan({phase: {what: size for what, size in parts.items() if size} for phase, parts in phases.items()},
+                      cache / longest)
+
+
+def unloaded_policy(config: Config, shape: PretrainedConfig) -> torch.nn.Module:
+    """Make the policy on the meta device: every shape and type, no memory."""
+    dtype = getattr(torch, config.dtype if config.lora_rank > 0 else config.trained_weights)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        return prepare_policy(model, config)
+
+
+@functools.cache
+def dry_run(config: Config, layers: int, tokens: int) -> tuple[float, float, float]:
+    """Run the update's own code on fake tensors, which have shapes but no content, and count what is alive.
+
+    One row of `tokens` tokens and a model of few layers: all are alike, so each more takes what the second takes.
+
+    Returns bytes without weights and their gradients: what forward keeps, the peaks of log-probs and backward pass.
+    """
+    shape = copy.deepcopy(model_shape(config))
+    text = shape.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    policy = unloaded_policy(config, shape)
+    model, live, found = causal_lm(policy), LiveMemory(), []
+
+    def hidden_states(row: Row, config: Config) -> torch.Tensor:
+        hidden = _hidden_states(model, row, config)
+        found.append(live.bytes)
+        forward = live.peak
+        live.peak = live.bytes
+
+        def at_begin_of_backward(gradient: torch.Tensor) -> None:
+            found.append(live.peak)
+            live.peak = forward  # in case it is the higher one
+
+        hidden.register_hook(at_begin_of_backward)
+        return hidden
+
+    model.hidden_states = hidden_states  # type: ignore[assignment]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake_weights(policy)
+        few = min(tokens, 2 * config.logprob_chunk_tokens + 1)  # all chunks are alike too
+        rollout = Rollout("", [0] * (tokens - few + 1), [0] * few, [0.0] * few, "", "length", advantage=1.0)
+        (row,) = pack([(rollout, 1)], tokens)
+        for parameter in policy.train().parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            live.ignore(parameter, parameter.grad)
+        with live:
+            token_logprobs(policy, row, 1.0, config, lambda row, logprobs: logprobs * row.advantages)
+    kept, logprobs = found
+    states = (tokens - few) * text.hidden_size * getattr(torch, config.dtype).itemsize  # of the other chunks; and
+    return kept, logprobs + 2 * states, live.peak + 2 * states  # their gradients
+
+
+def fake_weights(policy: torch.nn.Module) -> None:
+    """Give a policy on the meta device fake weights on the CPU, shared ones shared."""
+    fake: dict[torch.Tensor, torch.Tensor] = {}
+    for module in policy.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor not in fake:
+                    fake[tensor] = torch.empty_like(tensor, device="cpu")
+                    if isinstance(tensor, torch.nn.Parameter):
+                        fake[tensor] = torch.nn.Parameter(fake[tensor], requires_grad=tensor.requires_grad)
+                if tensor is not None:
+                    tensors[name] = fake[tensor]  # type: ignore[assignment]
+
+
+class LiveMemory(TorchDispatchMode):
+    """Count the bytes of all tensors that operations make, while they live, and the most there were: `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._known: set[int] = set()  # storages
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = operation(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage())
+        return made
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._known:
+            self._known.add(storage._cdata)
+            self._grow(storage.nbytes())
+            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, storage: int, size: int) -> None:
+        self._known.discard(storage)
+        self._grow(-size)
+
+    def _grow(self, size: int) -> None:
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
+    def ignore(self, *tensors: torch.Tensor | None) -> None:
+        self._known |= {tensor.untyped_storage()._cdata for tensor in tensors if tensor is not None}
+
+
+def model_shape(config: Config) -> PretrainedConfig:
+    """Return the configuration of the model, which has its shape."""
+    if config.model == "toy":
+        return Qwen3Config(vocab_size=len(data.toy_tokenizer()), **TOY_MODEL)
+    if config.model in KNOWN_SHAPES:
+        return KNOWN_SHAPES[config.model]
+    try:
+        return AutoConfig.from_pretrained(base_model(config.model), trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model is {config.model}: no config.json of it can be read; give a folder or a hub name like "
+                         "Qwen/Qwen3-1.7B") from error
+
+
+Change = tuple[dict[str, Any], str]
+"""Settings and their price."""
+
+
+def changes_by_price(config: Config) -> list[Change]:
+    """Return what needs less memory, cheapest first."""
+    longest = config.max_prompt_tokens + config.longest_response
+    changes: list[Change] = [
+        ({"gradient_checkpointing": True}, "a third more time in the update"),
+        ({"tokens_per_micro_batch": longest}, "more rows"),
+        ({"offload_activations": True}, "CPU memory and the way there and back"),
+        ({"mlp_chunk_tokens": 4096}, "MLPs are computed a third time"),
+        ({"optimizer": "adamw8bit"}, "a coarser optimizer state"),
+        ({"offload_optimizer": True}, "CPU memory and the way there and back, once a step"),
+        ({"trained_weights": "bfloat16"}, "coarser weights and gradients"),
+    ]
+    if config.lora_rank == 0:
+        changes.append(({"lora_rank": 32, "lr": 1e-5, "trained_weights": "float32"}, "only adapters learn"))
+    changes.append(({"quantize_base": True}, "a base of 4-bit weights"))
+    return changes
+
+
+def changed(config: Config, changes: Sequence[Change]) -> Config:
+    return replace(config, **{name: value for change, _ in changes for name, value in change.items()})
+
+
+def cheapest_changes(config: Config, peak: Callable[[Config], float], card: float) -> list[Change]:
+    """Return the cheapest change that makes a configuration fit; if none does alone, the fewest of all that help."""
+    def peak_with(changes: Sequence[Change]) -> float:
+        try:
+            return peak(changed(config, changes))
+        except ValueError:  # one change needs another, or excludes it
+            return math.inf
+
+    taken: list[Change] = []
+    for change in changes_by_price(config):
+        if peak_with([change]) <= card:
+            return [change]
+        if peak_with([*taken, change]) < peak_with(taken):
+            taken.append(change)
+    for change in reversed(taken.copy()):  # the dearest first
+        rest = [other for other in taken if other is not change]
+        if peak_with(rest) <= card:
+            taken = rest
+    return taken
+
+
+def run_plan(options: Plan, config: Config, display: Display) -> None:
+    """Print the plan and, if it does not fit, what would."""
+    card = options.gpu_memory * GIB
+
+    @functools.cache
+    def plan(config: Config) -> MemoryPlan:
+        return plan_memory(config, card, options.gpus)
+
+    def peak(config: Config) -> float:
+        return plan(config).peak()
+
+    def told(config: Config) -> str:
+        return (f"{plan(config).peak('log-probs', 'backward', 'optimizer step') / GIB:.1f} of {options.gpu_memory:g} "
+                f"GiB in the update; {plan(config).responses:.1f} responses of full length are generated at once")
+
+    display.note(f"{config.model}, responses of up to {config.longest_response:,} tokens, {options.gpus} x "
+                 f"{options.gpu_memory:g} GiB; GiB on each GPU:\n")
+    show_plan(plan(config), card, display)
+    if peak(config) <= card:
+        display.note(f"\nfits: {told(config)}")
+        return
+    display.note(f"\ndoes not fit: {told(config)}")
+    changes = cheapest_changes(config, peak, card)
+    while peak(changed(config, changes)) > card:
+        length = changed(config, changes).longest_response // 2
+        if length < 128:
+            display.note("nothing that is known here makes it fit: take a smaller model or a larger GPU")
+            return
+        changes = [*changes, ({"max_response_tokens": length}, "shorter responses")]
+    display.note(f"the cheapest change that fits: {told(changed(config, changes))}")
+    for settings, price in changes:
+        flags = (f"--{name.replace('_', '-')}" + f" {value}" * (value is not True) for name, value in settings.items())
+        display.note(f"  {' '.join(flags)}    ({price})")
+
+
+def compare_with_plan(config: Config, metrics: Mapping[str, float | None], display: Display) -> None:
+    """Print the plan on a GPU once the optimizer has its state, and beside it what the second step really took."""
+    if display.rows == 2 and resolve_device(config.device).type == "cuda":
+        card = float(torch.cuda.mem_get_info()[1])
+        measured = {phase: (metrics[name] or 0.0) * GIB
+                    for phase, name in (("rollout", "memory/rollout_gib"), ("backward", "memory/update_gib"))}
+        show_plan(plan_memory(config, card, rank_count()), card, display, measured)
+
+
+def show_plan(plan: MemoryPlan, card: float, display: Display, measured: Mapping[str, float] | None = None) -> None:
+    """Draw a bar for each phase, as long as the share of the card that it takes."""
+    width = 48
+    for phase, parts in plan.phases.items():
+        bar, total = "", 0.0
+        for what, size in parts.items():
+            total += size
+            bar += PLAN_LETTERS[what] * (round(width * total / card) - len(bar))
+        found = f" ({measured[phase] / GIB:.1f} measured)" if measured and phase in measured else ""
+        legend = "  ".join(f"{PLAN_LETTERS[what]} {what} {size / GIB:.1f}" for what, size in parts.items())
+        end = ">" if total > card else "|"
+        display.note(f"{phase:14} {bar[:width].ljust(width, '.')}{end} {total / GIB:5.1f}{found}  {legend}")
+
+
+PLAN_LETTERS = {"policy": "P", "gathered weights": "W", "optimizer": "O", "gradients": "G", "CUDA": "C",
+                "activations kept": "A", "log-prob chunk": "L", "block recomputed": "B", "backward": "B",
+                "one weight": "S", "engine weights": "E", "key-value cache": "K"}  # fmt: skip
+
+
 # -------------------------------------------------------------------- the command line
 
 
@@ -1960,6 +2307,11 @@ def main(arguments: Sequence[str]) -> None:
         refuse_torchrun("ablate")
         options, others = tyro.cli(Ablate, args=arguments[1:], prog="train.py ablate", return_unknown_args=True)
         run_ablation(options, read_config(others), display)
+        return
+    if arguments[:1] == ["plan"]:
+        refuse_torchrun("plan")
+        planned, others = tyro.cli(Plan, args=arguments[1:], prog="train.py plan", return_unknown_args=True)
+        run_plan(planned, read_config(others), display)
         return
     config = read_config(arguments)
     start_ranks(config)

@@ -31,7 +31,7 @@ METRICS = [
     "mismatch/kl", "mismatch/ratio_mean", "mismatch/ratio_max", "mismatch/cut",
     "optim/grad_norm", "optim/lr", "time/rollout", "time/reward",
     "time/update", "time/sync", "time/step",
-    "tokens/rollout", "tokens/per_second", "tokens/update", "tokens/update_saved",
+    "tokens/rollout", "tokens/per_second", "tokens/update", "tokens/update_release",
     "memory/rollout_gib", "memory/update_gib",
 ]
 

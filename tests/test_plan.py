@@ -1,0 +1,134 @@
+"""The memory plan against what the same update really takes, by PyTorch's record of every allocation."""
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_rollouts
+from torch.profiler import ProfilerActivity, profile
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import train
+from polaris_mini import Config, Group, Problem, Stage
+
+UPDATE = ("log-probs", "backward", "optimizer step")
+
+
+def saved_model(folder: Path, **sizes: object) -> str:
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(**{
+        "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "intermediate_size": 384, "vocab_size": 3000, "tie_word_embeddings": True, "bos_token_id": None, **sizes,
+    })).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
+def measured_peak(config: Config, tokens: int) -> float:
+    """Return the most bytes that all tensors took in the second update of a policy, its weights and state included."""
+    policy = train.load_policy(config, config.model, None, torch.device("cpu"))
+    optimizer, scaler = train.make_optimizer(policy, config), train.loss_scaler(config, torch.device("cpu"))
+    rollouts = random_rollouts(2)
+    for rollout in rollouts:
+        rollout.prompt_tokens, rollout.advantage = [5] * 8, 1.0
+        rollout.response_tokens, rollout.sampler_logprobs = [7] * (tokens - 7), [-1.0] * (tokens - 7)
+    groups = [Group(Problem("p", "p", ("1",)), rollouts)]
+    train.update_policy(policy, optimizer, scaler, groups, 1.0, config)
+    held = [*policy.parameters(), *(v for state in optimizer.state.values() for v in state.values())]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        train.update_policy(policy, optimizer, scaler, groups, 1.0, config)
+    taken = peak = 0
+    for event in sorted(found.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            taken += event.nbytes()
+            peak = max(peak, taken)
+    return peak + sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+CHECKPOINTING = {"gradient_checkpointing": True}
+BFLOAT16 = {"dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(("tied", "settings"), [
+    (True, {}), (False, {}),
+    (True, CHECKPOINTING), (True, {**CHECKPOINTING, "mlp_chunk_tokens": 100}),
+    (True, {**CHECKPOINTING, "logprob_chunk_tokens": 600}),
+    (True, BFLOAT16), (False, {**BFLOAT16, **CHECKPOINTING}),
+    (True, {**BFLOAT16, **CHECKPOINTING, "trained_weights": "bfloat16"}),
+    (True, {**BFLOAT16, "lora_rank": 8}), (True, {**BFLOAT16, **CHECKPOINTING, "lora_rank": 8}),
+    (False, {**BFLOAT16, **CHECKPOINTING, "lora_rank": 8, "quantize_base": True}),
+], ids=str)  # fmt: skip
+def test_plan_is_within_a_tenth_of_what_an_update_takes(tmp_path, tied, settings):
+    settings = {"dtype": "float32", "logprob_chunk_tokens": 100, **settings}
+    config = Config(model=saved_model(tmp_path, tie_word_embeddings=tied), max_prompt_tokens=8,
+                    stages=(Stage(1, 1.0, 2493),), tokens_per_micro_batch=2500, **settings)
+    planned = train.plan_memory(config, 24 * train.GIB).peak(*UPDATE) - train.CUDA_CONTEXT
+    measured = measured_peak(config, 2500)
+    print(f"planned {planned / 2**20:.2f}, measured {measured / 2**20:.2f} MiB, {planned / measured:.3f}")
+    assert planned == pytest.approx(measured, rel=0.1)
+
+
+def test_dry_run_does_not_depend_on_the_number_of_layers_or_chunks_it_runs(tmp_path):
+    """Layers and chunks are alike, so two of each stand for all."""
+    config = Config(model=saved_model(tmp_path), dtype="bfloat16", gradient_checkpointing=True, mlp_chunk_tokens=64,
+                    logprob_chunk_tokens=50)
+    one, two, four = (train.dry_run(config, layers, 700) for layers in (1, 2, 4))
+    assert all(d == pytest.approx(a + 3 * (b - a)) for a, b, d in zip(one, two, four, strict=True))
+    long = replace(config, mlp_chunk_tokens=0, logprob_chunk_tokens=349)  # two chunks are all there are
+    short = replace(long, logprob_chunk_tokens=50)
+    assert train.dry_run(long, 2, 699)[2] == pytest.approx(train.dry_run(short, 2, 699)[2], rel=0.02)
+
+
+def planned(arguments: str, card: float = 24, gpus: int = 1) -> train.MemoryPlan:
+    return train.plan_memory(train.read_config(arguments.split()), card * train.GIB, gpus)
+
+
+def test_plan_knows_what_each_option_changes():
+    base = "--preset polaris-1.7b --max-response-tokens 8192 --gradient-checkpointing --tokens-per-micro-batch 9216"
+    before = planned(base).phases["backward"]
+
+    def after(option: str, gpus: int = 1) -> dict[str, float]:
+        return planned(f"{base} {option}", gpus=gpus).phases["backward"]
+
+    parameters = 1_720_574_976  # of the published model
+    assert before["policy"] == before["gradients"] == 4 * parameters
+    assert before["optimizer"] == 8 * parameters
+    assert after("--optimizer adamw8bit")["optimizer"] == 2 * parameters
+    assert "optimizer" not in after("--offload-optimizer")
+    assert after("--trained-weights bfloat16")["policy"] == 2 * parameters
+    blocks = 28 * 9216 * 2048 * 4
+    assert before["activations kept"] - after("--offload-activations")["activations kept"] == pytest.approx(
+        blocks * 27 / 28)
+    assert after("--mlp-chunk-tokens 1024")["block recomputed"] < 0.9 * before["block recomputed"]
+    lora = after("--lora-rank 32")
+    assert lora["policy"] == pytest.approx(2 * parameters, rel=0.05)
+    assert lora["gradients"] < 0.05 * before["gradients"]
+    assert after("--lora-rank 32 --quantize-base")["policy"] < 0.5 * lora["policy"]
+    assert after("", gpus=2)["optimizer"] == before["optimizer"] / 2
+    assert after("", gpus=2)["gathered weights"] > 0
+
+
+def test_plan_command_names_a_change_that_fits(run_train):
+    asked = ["plan", "--gpu-memory", 12, "--preset", "rtx-24gb", "--max-response-tokens", 16384]
+    result = run_train(*asked)
+    assert result.returncode == 0, result.stderr
+    assert "does not fit" in result.stdout
+    changes = [line.partition("(")[0] for line in result.stdout.splitlines() if line.startswith("  --")]
+    again = run_train(*asked, *" ".join(changes).split())
+    assert "\nfits: " in again.stdout
+    assert result.stdout.count("|") + result.stdout.count(">") == 4  # a bar a phase
+
+
+def test_plan_of_a_model_that_cannot_be_read_is_one_line(run_train, tmp_path):
+    result = run_train("plan", "--model", tmp_path, "--data", "toy")
+    assert result.returncode == 2
+    assert f"model is {tmp_path}: no config.json of it can be read" in result.stderr
+
+
+def test_measured_peaks_stand_beside_the_planned_ones(capsys):
+    plan = train.MemoryPlan({"rollout": {"policy": 2 * train.GIB}, "backward": {"policy": 1 * train.GIB}}, 3.0)
+    train.show_plan(plan, 4 * train.GIB, train.Display(), {"backward": 1.25 * train.GIB})
+    rollout, backward = capsys.readouterr().out.splitlines()
+    assert rollout.startswith("rollout        " + 24 * "P" + 24 * "." + "|   2.0  P policy 2.0")
+    assert "1.0 (1.2 measured)" in backward
