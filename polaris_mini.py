@@ -255,6 +255,8 @@ class Config(Common):
     """Keep those inputs in CPU memory. Needs gradient_checkpointing."""
     mlp_chunk_tokens: int = 0
     """Recompute each block's MLP this many tokens at a time; 0: all at once. Needs gradient_checkpointing."""
+    offload_policy: bool = False
+    """Keep the policy's weights in CPU memory while vLLM generates with its own: more room for its cache."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in CPU memory; each weight's comes over for its step."""
     attention: Literal["auto", "sdpa", "varlen", "flash_attn", "flex"] = "auto"
@@ -695,7 +697,7 @@ PRESETS = {
 }
 _WORKSTATION: dict[str, Any] = {
     "prompts_per_step": 32, "max_response_tokens": 32768, "lora_rank": 32, "lr": 1e-5, "optimizer": "adamw8bit",
-    "gradient_checkpointing": True, "tokens_per_micro_batch": 33792, "rollouts_per_batch": 16,
+    "gradient_checkpointing": True, "tokens_per_micro_batch": 33792, "rollouts_per_batch": 16, "offload_policy": True,
 }  # fmt: skip
 """Source: the release's author on small machines (issues #4, #18: batch 32, up to 32768 tokens); LoRA is ours."""
 PRESETS |= {

@@ -376,11 +376,13 @@ class VLLMEngine:
     def __init__(
         self, model: str, tokenizer: PreTrainedTokenizerBase, settings: Common, *, max_tokens: int,
         rope: Mapping[str, Any] | None = None, weights: Literal["disk", "policy"] = "disk", reserved_bytes: int = 0,
+        offload: torch.nn.Module | None = None,
     ) -> None:
         """Start vLLM.
 
         max_tokens: of the longest prompt with its response. weights: disk, or policy: each `wake` brings them, and in
         between the engine sleeps. reserved_bytes: device memory that others will take and the cache must leave.
+        offload: the policy, if it is to be in CPU memory while the engine is awake.
         """
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process, not in one beside
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -400,6 +402,8 @@ class VLLMEngine:
         overrides: dict[str, Any] = {"max_position_embeddings": max(max_tokens, text.max_position_embeddings)}
         if rope is not None:
             overrides["rope_parameters"] = {**text.rope_parameters, **rope}
+        self.offload, self.device = offload if self.sleeps else None, device
+        self._move_policy(torch.device("cpu"))
         cache_bytes = kv_cache_bytes(config, settings, max_tokens, reserved_bytes)
         self.time_limit = settings.engine_timeout
         self.on_hang: Callable[[], None] = lambda: None
@@ -435,6 +439,7 @@ class VLLMEngine:
             weights = policy_weights(policy, self.dtype)
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             self.llm.reset_prefix_cache()  # it was computed with the old weights
+            self._move_policy(torch.device("cpu"))
             if self.sleeps:
                 self.llm.wake_up(tags=["kv_cache"])
 
@@ -442,6 +447,13 @@ class VLLMEngine:
         """Free weights and cache; neither is kept, as the next `wake` brings all weights again."""
         if self.sleeps:
             self.llm.sleep(level=2)
+        self._move_policy(self.device)
+
+    def _move_policy(self, device: torch.device) -> None:
+        if self.offload is not None:
+            for parameter in self.offload.parameters():
+                parameter.data = parameter.data.to(device)
+            torch.cuda.empty_cache()
 
     def close(self) -> None:
         """End vLLM and free what it holds, so that another engine can start in this process."""

@@ -772,7 +772,8 @@ def start_ranks(config: Config) -> None:
     count = torchrun_count()
     if count == 1:
         return
-    for name, value in (("optimizer", "adamw8bit"), ("trained_weights", "bfloat16"), ("offload_optimizer", True)):
+    for name, value in (("optimizer", "adamw8bit"), ("trained_weights", "bfloat16"), ("offload_optimizer", True),
+                        ("offload_policy", True)):
         if config.lora_rank == 0 and getattr(config, name) == value:
             raise ConfigError(f"{name} is {value}: it is not made for weights that are sharded over GPUs; leave it "
                               "out, or take --lora-rank 32")
@@ -1015,7 +1016,7 @@ def make_engine(
     """Make this rank's engine, see `VLLMEngine`; decoding with the policy itself needs all weights in one place."""
     if uses_vllm(config):
         return VLLMEngine(base_model(source), tokenizer, config, max_tokens=max_tokens, weights="policy",
-                          reserved_bytes=reserved_bytes)
+                          reserved_bytes=reserved_bytes, offload=policy if config.offload_policy else None)
     if is_sharded(policy):
         device = causal_lm(policy).device
         policy = load_model(source, dtype=resolve_dtype(config, device), device=device,
@@ -1955,10 +1956,12 @@ def plan_memory(config: Config, card: float, gpus: int = 1) -> MemoryPlan:
         copies = model_size * compute.itemsize
         rollout = {**held, "engine weights": copies if weights > copies else 0.0}
     else:
-        rollout = {**held, "CUDA": CUDA_CONTEXT + 0.1 * card, "engine weights": model_size * compute.itemsize}
+        engine = {**held, "engine weights": model_size * compute.itemsize}
+        rollout = {**engine, "CUDA": CUDA_CONTEXT + 0.1 * card, "policy": 0.0 if config.offload_policy else weights}
         cache = max(longest, min(card - sum(rollout.values()), cache))
     always = {**held, "gradients": gradients}
     phases = {
+        "weight sync": held if config.engine == "hf" else engine,
         "rollout": {**rollout, "key-value cache": cache},
         "log-probs": {**always, "activations kept": kept, "log-prob chunk": logprobs - kept},
         "backward": {**always, "activations kept": kept, "block recomputed" if config.gradient_checkpointing else
@@ -2092,6 +2095,7 @@ def changes_by_price(config: Config) -> list[Change]:
     """Return what needs less memory, cheapest first."""
     longest = config.max_prompt_tokens + config.longest_response
     changes: list[Change] = [
+        ({"offload_policy": True}, "CPU memory and the way there and back, once a step"),
         ({"gradient_checkpointing": True}, "a third more time in the update"),
         ({"tokens_per_micro_batch": longest}, "more rows"),
         ({"offload_activations": True}, "CPU memory and the way there and back"),

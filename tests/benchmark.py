@@ -3,20 +3,30 @@
     python tests/benchmark.py engines                  # start, weight sync, generation; a Qwen3 of 4 layers
     python tests/benchmark.py engines MODEL            # the folder of a model
     python tests/benchmark.py update                   # seconds and memory, a vocabulary of 151,936
-    python tests/benchmark.py update 4x1024 --gradient-checkpointing --logprob-chunk-tokens 128
+    python tests/benchmark.py update 4x1024 1x8192v4096p64 mixed --gradient-checkpointing --logprob-chunk-tokens 128
+    python tests/benchmark.py update --against trl     # ours and TRL's by turns; needs tests/requirements-trl.txt
+    python tests/benchmark.py step                     # each phase of the toy world's steps
+
+A case of the update is RESPONSESxTOKENS, then, if need be, v and the vocabulary, p and the prompt's tokens. mixed is 8
+responses of 64 to 2,048 tokens, most of them short.
 """
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
+import math
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,35 +128,151 @@ class PeakMemory:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 
 
-def one_update(case: str, options: list[str], environment: dict[str, str]) -> list[float]:
-    """Return what `update_once` does in a process of its own."""
-    command = [sys.executable, __file__, "one-update", case, *options]
-    environment = {**os.environ, **environment}
-    shown = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-    return list(map(float, shown.split()))
+@dataclass(frozen=True)
+class Case:
+    """Fixed work for an update."""
+
+    lengths: list[int]
+    vocabulary: int
+    prompt: int
+
+    @classmethod
+    def read(cls, text: str) -> Case:
+        found = re.fullmatch(r"(?:(\d+)x(\d+)|mixed)(?:v(\d+))?(?:p(\d+))?", text)
+        if not found:
+            raise SystemExit(f"case is {text}: give RESPONSESxTOKENS, or mixed: 8x512, 8x512v4096p64")
+        count, tokens, vocabulary, prompt = found.groups()
+        rng = random.Random(0)
+        skewed = [min(2048, max(64, round(rng.lognormvariate(5.7, 1.0)))) for _ in range(7)]
+        return cls([int(tokens)] * int(count) if count else [*skewed, 2048], int(vocabulary or 151_936),
+                   int(prompt or 32))
+
+    def rollouts(self) -> list[Rollout]:
+        rng = random.Random(1)
+
+        def tokens(count: int) -> list[int]:
+            return [rng.randrange(4, self.vocabulary) for _ in range(count)]
+
+        return [Rollout("p", tokens(self.prompt), tokens(length), [-11.9] * length, "", "length", advantage=(-1.0) ** i)
+                for i, length in enumerate(self.lengths)]
 
 
-def update_once(case: str, options: list[str]) -> tuple[float, float, float]:
-    """Return seconds, tokens per second and MiB of one update."""
-    count, length = map(int, case.split("x"))
-    config = tyro.cli(Config, args=["--optimizer", "sgd", *options])
+def update_once(case: Case, config: Config) -> tuple[float, float]:
+    """Take one update and return seconds and MiB."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = small_model(Path(temporary), vocabulary=151_936)
+        folder = small_model(Path(temporary), case.vocabulary)
         policy = train.load_policy(config, str(folder), None, resolve_device("auto"))
         for parameter in policy.parameters():  # read from the disk only now
             parameter.data = parameter.data.clone()
-    rng = random.Random(0)
-    rollouts = [
-        Rollout("p", [rng.randrange(150_000) for _ in range(32)], [rng.randrange(150_000) for _ in range(length)],
-                [-11.9] * length, "", "length", advantage=(-1.0) ** i)
-        for i in range(count)
-    ]  # fmt: skip
+    groups = [Group(Problem("p", "", ("1",)), case.rollouts())]
     arguments: Any = (policy, train.make_optimizer(policy, config), train.loss_scaler(config, resolve_device("auto")))
     with PeakMemory() as memory:
         began = now()
-        train.update_policy(*arguments, [Group(Problem("p", "", ("1",)), rollouts)], 1.0, config)
+        train.update_policy(*arguments, groups, 1.0, config)
         took = now() - began
-    return took, count * length / took, memory.above
+    return took, memory.above
+
+
+def trl_update_once(case: Case, config: Config) -> tuple[float, float]:
+    """Do the same work by TRL's own training step: split, loss, backward; then clip and step as we do."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.utils import pad
+
+    rollouts, longest = case.rollouts(), max(case.lengths)
+    together = max(1, 4096 // longest)  # responses in a micro-batch
+    parts = math.ceil(len(rollouts) / together)
+
+    def padded(sequences: list[list[int]]) -> torch.Tensor:
+        return pad([torch.tensor(tokens) for tokens in sequences], padding_value=0, padding_side="right")
+
+    class FixedRollouts(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs: Any) -> dict[str, torch.Tensor]:
+            return {
+                "prompt_ids": padded([list(r.prompt_tokens) for r in rollouts]),
+                "prompt_mask": padded([[1] * case.prompt for _ in rollouts]),
+                "completion_ids": padded([r.response_tokens for r in rollouts]),
+                "completion_mask": padded([[1] * len(r.response_tokens) for r in rollouts]),
+                "advantages": torch.tensor([r.advantage for r in rollouts]),
+                "num_items_in_batch": torch.tensor(sum(case.lengths)),
+            }
+
+    with tempfile.TemporaryDirectory() as temporary:
+        model = Qwen3ForCausalLM.from_pretrained(small_model(Path(temporary), case.vocabulary))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        trainer = FixedRollouts(
+            model, reward_funcs=lambda **_: [], processing_class=data.toy_tokenizer(),
+            train_dataset=Dataset.from_dict({"prompt": ["1"] * len(rollouts)}),
+            args=GRPOConfig(
+                output_dir=temporary, per_device_train_batch_size=math.ceil(len(rollouts) / parts),
+                gradient_accumulation_steps=parts, num_generations=len(rollouts), bf16=False, report_to="none",
+                gradient_checkpointing=config.gradient_checkpointing, use_cpu=not torch.cuda.is_available(), beta=0.0,
+            ),
+        )  # fmt: skip
+    trainer.current_gradient_accumulation_steps = parts
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr)
+    model.train()
+    with PeakMemory() as memory:
+        began = now()
+        for _ in range(parts):
+            trainer.training_step(model, {}, None)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        took = now() - began
+    return took, memory.above
+
+
+def in_its_own_process(who: str, case: str, options: list[str], environment: dict[str, str]) -> list[float]:
+    command = [sys.executable, __file__, "once", who, case, *options]
+    found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+    if found.returncode != 0:
+        raise SystemExit(found.stderr)
+    return [float(word) for word in found.stdout.splitlines()[-1].split()]
+
+
+def updates(rest: list[str]) -> None:
+    against = "--against" in rest
+    rest = [word for word in rest if word not in ("--against", "trl")]
+    cases = [word for word in rest if (word[0].isdigit() and "x" in word) or word.startswith("mixed")]
+    options = [word for word in rest if word not in cases]
+    print(f"{resolve_device('auto')}, {torch.get_num_threads()} threads; {' '.join(options) or 'default settings'}")
+    print(f"{'case':>16} {'who':>5}  tokens  seconds (least, most)  tokens/s   MiB of tensors, MiB of the process"
+          f"{'   speed against TRL (least, most)' * against}")
+    for case in cases or (*CASES, *(["mixed"] if against else [])):
+        seconds, memory = defaultdict(list), {}
+        contestants = ["ours", "trl"] if against else ["ours"]
+        for who in contestants:
+            # The C library keeps what it frees, for speed: with every tensor a mapping of its own, nothing is kept.
+            memory[who] = in_its_own_process(who, case, options, {"MALLOC_MMAP_THRESHOLD_": "100000"})[1]
+        for _ in range(3):
+            for who in contestants:  # by turns: what disturbs the machine disturbs both
+                took, process = in_its_own_process(who, case, options, {})
+                seconds[who].append(took)
+        tokens = sum(Case.read(case).lengths)
+        for who in contestants:
+            middle = statistics.median(seconds[who])
+            line = (f"{case:>16} {who:>5} {tokens:7,} {middle:8.1f} ({min(seconds[who]):.1f}, {max(seconds[who]):.1f})"
+                    f" {tokens / middle:12,.0f} {memory[who]:16,.0f} {process:16,.0f}")
+            if who == "trl":
+                ratios = [t / o for o, t in zip(seconds["ours"], seconds["trl"], strict=True)]
+                line += f"   {statistics.median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f})"
+            print(line, flush=True)
+
+
+# ---------------------------------------------------------------------------- a whole step
+
+
+def steps() -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        run = Path(temporary) / "run"
+        command = [sys.executable, "train.py", "--steps", "8", "--eval-every", "-1", "--run-dir", str(run)]
+        subprocess.run(command, check=True, capture_output=True, cwd=Path(train.__file__).parent)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
+    print("toy world, 32 x 8 rollouts; seconds, median of 7 steps (least, most)")
+    for phase in ("rollout", "reward", "sync", "update", "step"):
+        taken = [line[f"time/{phase}"] for line in lines]
+        print(f"{phase:8} {statistics.median(taken):7.3f} ({min(taken):.3f}, {max(taken):.3f})")
 
 
 def main(arguments: list[str]) -> None:
@@ -155,17 +281,13 @@ def main(arguments: list[str]) -> None:
     if command == "engines":
         engines(*rest or [None])
     elif command == "update":
-        cases = [word for word in rest if word[0].isdigit() and "x" in word] or list(CASES)
-        options = [word for word in rest if word not in cases]
-        print(f"{resolve_device('auto')}, {torch.get_num_threads()} threads; {' '.join(options) or 'default settings'}")
-        print(" responses  seconds  tokens/s   MiB of tensors, MiB of the process above the model")
-        for case in cases:
-            # The C library keeps what it frees, for speed: with every tensor a mapping of its own, nothing is kept.
-            exact = one_update(case, options, {"MALLOC_MMAP_THRESHOLD_": "100000"})
-            usual = one_update(case, options, {})
-            print(f"{case:>10} {usual[0]:8.1f} {usual[1]:9,.0f} {exact[2]:16,.0f} {usual[2]:20,.0f}")
-    elif command == "one-update":
-        print(*update_once(rest[0], rest[1:]))
+        updates(rest)
+    elif command == "step":
+        steps()
+    elif command == "once":
+        who, case, *options = rest
+        config = tyro.cli(Config, args=["--optimizer", "sgd", *options])
+        print(*(update_once if who == "ours" else trl_update_once)(Case.read(case), config))
     else:
         print(__doc__)
 

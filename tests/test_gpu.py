@@ -42,7 +42,8 @@ def saved_model(folder: Path, sizes: dict[str, int]) -> Path:
 def policy_and_engine(folder: Path, config: Config, max_tokens: int):
     policy = train.load_policy(config, str(folder), None, DEVICE)
     engine = VLLMEngine(str(folder), data.toy_tokenizer(), config, max_tokens=max_tokens, weights="policy",
-                        reserved_bytes=train.optimizer_bytes(policy, config))
+                        reserved_bytes=train.optimizer_bytes(policy, config),
+                        offload=policy if config.offload_policy else None)
     with contextlib.closing(engine):
         yield policy, engine
     del policy
@@ -135,6 +136,36 @@ def test_sleep_frees_weights_and_cache_and_wake_brings_them_back(tmp_path):
             cache = 2 * 8 * 8 * 128 * 2 * (2048 + 128) * 64 / 2**30
             assert awake - train.memory_gib() > 0.9 * (weights + cache)
             assert train.memory_gib() < asleep + 0.3
+
+
+def test_offloaded_policy_leaves_the_gpu_while_the_engine_is_awake_and_comes_back(tmp_path):
+    pytest.importorskip("vllm")
+    config = Config(rollouts_per_batch=64, offload_policy=True)
+    with policy_and_engine(saved_model(tmp_path, SMALL), config, 2048) as (policy, engine):
+        before = [p.clone() for p in policy.parameters()]
+        engine.wake(policy)
+        assert {p.device.type for p in policy.parameters()} == {"cpu"}
+        assert len(groups_of(engine, prompts(4), 2, Sampling(1.0, 16, seed=0))) == 4
+        engine.sleep()
+        assert all(torch.equal(p, b) for p, b in zip(policy.parameters(), before, strict=True))
+
+
+def test_planned_memory_is_within_a_tenth_of_what_an_update_takes(tmp_path):
+    """4B-shaped LoRA with 8,192 tokens in one row: what tensors take, without CUDA's context."""
+    sizes = {**QWEN3_1_7B, "hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32,
+             "intermediate_size": 9728}
+    config = Config(model=str(saved_model(tmp_path, sizes)), lora_rank=32, gradient_checkpointing=True,
+                    mlp_chunk_tokens=4096, max_prompt_tokens=64, max_response_tokens=8129, tokens_per_micro_batch=8192)
+    planned = train.plan_memory(config, 80 * train.GIB).peak("log-probs", "backward") - train.CUDA_CONTEXT
+    policy = train.load_policy(config, config.model, None, DEVICE)
+    optimizer, scaler = train.make_optimizer(policy, config), train.loss_scaler(config, DEVICE)
+    rollouts = [Rollout("p", p, [7] * 8129, [-11.9] * 8129, "", "length", advantage=1.0) for p in prompts(2)]
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        train.update_policy(policy, optimizer, scaler, [Group(Problem("p", "", ("1",)), rollouts)], 1.0, config)
+    measured = torch.cuda.max_memory_allocated()
+    print(f"\nplanned {planned / train.GIB:.2f}, measured {measured / train.GIB:.2f} GiB")
+    assert planned == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("settings", [{"lora_rank": 32, "lr": 1e-5, "optimizer": "adamw8bit"}, {"lr": 1e-6}],

@@ -117,7 +117,7 @@ def test_plan_command_names_a_change_that_fits(run_train):
     changes = [line.partition("(")[0] for line in result.stdout.splitlines() if line.startswith("  --")]
     again = run_train(*asked, *" ".join(changes).split())
     assert "\nfits: " in again.stdout
-    assert result.stdout.count("|") + result.stdout.count(">") == 4  # a bar a phase
+    assert result.stdout.count("|") + result.stdout.count(">") == 5  # a bar a phase
 
 
 def test_plan_of_a_model_that_cannot_be_read_is_one_line(run_train, tmp_path):
@@ -132,3 +132,42 @@ def test_measured_peaks_stand_beside_the_planned_ones(capsys):
     rollout, backward = capsys.readouterr().out.splitlines()
     assert rollout.startswith("rollout        " + 24 * "P" + 24 * "." + "|   2.0  P policy 2.0")
     assert "1.0 (1.2 measured)" in backward
+
+
+LONG = "--max-response-tokens 32768 --tokens-per-micro-batch 33792 --gradient-checkpointing"
+TABLE = (  # model, what is trained and how, options, the length
+    ("Qwen3-1.7B", "every weight", f"--preset polaris-1.7b {LONG}"),
+    ("", "… 8-bit Adam", f"--preset polaris-1.7b {LONG} --optimizer adamw8bit"),
+    ("", "… Adam's state in CPU memory", f"--preset polaris-1.7b {LONG} --offload-optimizer"),
+    ("", "… and activations there too, MLPs in chunks",
+     f"--preset polaris-1.7b {LONG} --offload-optimizer --offload-activations --mlp-chunk-tokens 4096"),
+    ("", "bfloat16 weights, 8-bit Adam",
+     f"--preset polaris-1.7b {LONG} --trained-weights bfloat16 --optimizer adamw8bit"),
+    ("", "LoRA (`rtx-24gb`)", "--preset rtx-24gb"),
+    ("", "LoRA on 4 bits", "--preset rtx-24gb --quantize-base"),
+    ("Qwen3-4B", "LoRA (`rtx-2x24gb`)", "--preset rtx-2x24gb"),
+    ("", "LoRA, MLPs in chunks", "--preset rtx-2x24gb --mlp-chunk-tokens 4096"),
+    ("", "LoRA, 40,960 tokens, activations in CPU memory", "--preset rtx-2x24gb --max-response-tokens 40960 "
+     "--tokens-per-micro-batch 41984 --offload-activations --mlp-chunk-tokens 4096"),
+    ("", "LoRA on 4 bits, activations in CPU memory", "--preset rtx-2x24gb --quantize-base --offload-activations"),
+    ("Qwen3-8B", "LoRA on 4 bits, activations in CPU memory, MLPs in chunks, 16,384 tokens",
+     "--preset rtx-2x24gb --model Qwen/Qwen3-8B --data toy --quantize-base --offload-activations "
+     "--mlp-chunk-tokens 4096 --max-response-tokens 16384 --tokens-per-micro-batch 17408"),
+)  # fmt: skip
+
+
+def memory_table() -> str:
+    """Return the README's table."""
+    rows = ["| model | trained | policy | gradients | optimizer | update, in all | generated at once |",
+            "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for model, what, arguments in TABLE:
+        plan = planned(arguments)
+        parts = [plan.phases["backward"].get(name, 0.0) / train.GIB for name in ("policy", "gradients", "optimizer")]
+        engine = f"{plan.responses:.1f}" if plan.peak("rollout") <= 24 * train.GIB else "does not fit"
+        rows.append(f"| {model} | {what} | {' | '.join(f'{part:.1f}' for part in parts)} | "
+                    f"{plan.peak(*UPDATE) / train.GIB:.1f} | {engine} |")
+    return "\n".join(rows)
+
+
+def test_the_readmes_memory_table_is_the_plans():
+    assert memory_table() in (Path(train.__file__).parent / "README.md").read_text(), f"\n{memory_table()}"
