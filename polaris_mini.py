@@ -223,7 +223,8 @@ class Config(Common):
 
     # the optimizer
     optimizer: Literal["adamw", "adamw8bit", "sgd"] = "adamw"
-    """adamw8bit keeps Adam's state in 8 bits (bitsandbytes); sgd keeps none (arXiv 2602.07729)."""
+    """adamw8bit keeps Adam's state in 8 bits (bitsandbytes; on several GPUs with LoRA only); sgd keeps none (arXiv
+    2602.07729)."""
     lr: float = 1e-6
     """Learning rate, constant. Source: release (1e-6); about 10 times more with LoRA."""
     weight_decay: float = 0.01
@@ -241,24 +242,28 @@ class Config(Common):
     quantize_base: bool = False
     """Keep the frozen weights under the LoRA adapters in 4 bits (NF4 by bitsandbytes, arXiv 2305.14314)."""
     trained_weights: Literal["float32", "bfloat16"] = "float32"
-    """Type of trained weights, adapters aside. bfloat16 halves them and their gradients; what an update changes is then
-    rounded up or down by chance, so that small changes are not lost."""
+    """Type of the weights where all are trained. bfloat16 halves them and their gradients, which are then summed in
+    bfloat16; the step is rounded up or down by chance, so that small changes are not lost. Not on several GPUs."""
 
     # memory: changes nothing in the result
     tokens_per_micro_batch: int = 16384
-    """Prompt and response tokens in one packed row; at least one rollout goes into each."""
+    """Prompt and response tokens that are forwarded together, as one row without padding. At least one rollout goes
+    into each row, so less than the longest prompt with its response saves nothing."""
     logprob_chunk_tokens: int = 256
-    """Tokens whose logits exist at the same time."""
+    """Tokens whose logits exist at the same time: fewer take less memory, far fewer also longer."""
     gradient_checkpointing: bool = False
-    """Keep only each block's input and recompute the rest in the backward pass."""
+    """Keep only each block's input and recompute the rest in the backward pass: a third more time."""
     offload_activations: bool = False
-    """Keep those inputs in CPU memory. Needs gradient_checkpointing."""
+    """Keep each block's input in CPU memory. Needs gradient_checkpointing."""
     mlp_chunk_tokens: int = 0
-    """Recompute each block's MLP this many tokens at a time; 0: all at once. Needs gradient_checkpointing."""
+    """Recompute each block's MLP this many tokens at a time, 4096 for instance; its forward pass is then computed a
+    third time. 0: all at once. Needs gradient_checkpointing."""
     offload_policy: bool = False
-    """Keep the policy's weights in CPU memory while vLLM generates with its own: more room for its cache."""
+    """Keep the policy's weights in CPU memory while vLLM, on a GPU, generates with its own: more room for its cache. On
+    several GPUs with LoRA only."""
     offload_optimizer: bool = False
-    """Keep the optimizer's state in CPU memory; each weight's comes over for its step."""
+    """Keep the optimizer's state in CPU memory; each weight's comes over for its step. On several GPUs with LoRA
+    only."""
     attention: Literal["auto", "sdpa", "varlen", "flash_attn", "flex"] = "auto"
     """Attention in the update. sdpa: one sequence after another, anywhere; varlen: all of a row at once, by PyTorch's
     flash attention (16 bits, Ampere or newer); flash_attn: by that package; flex: FlexAttention, for older GPUs. auto:

@@ -142,8 +142,7 @@ def train(setup: Setup, config: Config, run: Run, display: Display, interrupt: I
                 metrics |= evaluate_policy(setup, config, run, display, interrupt)
         finally:  # whatever becomes of the evaluation, the step is done
             run.log_metrics(state.step, metrics)
-        display.row(metrics)
-        compare_with_plan(config, metrics, display)
+        show_step(config, metrics, display)
         if state.step % config.checkpoint_every == 0:
             save_checkpoint(setup, config, run)
     save_checkpoint(setup, config, run)
@@ -748,11 +747,11 @@ def _hidden_states(model: PreTrainedModel, row: Row, config: Config) -> torch.Te
     """Return the hidden states of a row, (N, H), in the type in which the model computes."""
     compute_dtype = resolve_dtype(config, model.device)
     attend = attention_over(row, choose_attention(config, model.device))
-    offload = torch.autograd.graph.save_on_cpu(pin_memory=model.device.type == "cuda")
+    offload: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if config.offload_activations:
+        offload = torch.autograd.graph.save_on_cpu(pin_memory=model.device.type == "cuda")
     # a cache would keep 16-bit copies of all float32 weights until the end of the pass
-    with autocast(model.device, compute_dtype, cache=False), (
-        offload if config.offload_activations else contextlib.nullcontext()
-    ):
+    with autocast(model.device, compute_dtype, cache=False), offload:
         hidden = model.base_model(
             input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False, attend=attend,
             longest=max(row.sequence_lengths),
@@ -772,11 +771,7 @@ def start_ranks(config: Config) -> None:
     count = torchrun_count()
     if count == 1:
         return
-    for name, value in (("optimizer", "adamw8bit"), ("trained_weights", "bfloat16"), ("offload_optimizer", True),
-                        ("offload_policy", True)):
-        if config.lora_rank == 0 and getattr(config, name) == value:
-            raise ConfigError(f"{name} is {value}: it is not made for weights that are sharded over GPUs; leave it "
-                              "out, or take --lora-rank 32")
+    refuse_unshardable(config)
     device = resolve_device(config.device)
     if device.index is not None:
         raise ConfigError(f"device is {config.device}: torchrun gives each process its own GPU; leave --device out")
@@ -788,6 +783,16 @@ def start_ranks(config: Config) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # a rank that waits for a long response must not give up: torchrun ends all when one has died
     dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=timedelta(days=7))
+
+
+def refuse_unshardable(config: Config) -> None:
+    """Raise a ConfigError for an option that is not made for weights of which each GPU has a part."""
+    refused: dict[str, object] = {"optimizer": "adamw8bit", "trained_weights": "bfloat16", "offload_optimizer": True,
+                                  "offload_policy": True}  # fmt: skip
+    for name, value in refused.items():
+        if config.lora_rank == 0 and getattr(config, name) == value:
+            raise ConfigError(f"{name} is {value}: it is not made for weights that are sharded over GPUs; leave it "
+                              "out, or take --lora-rank 32")
 
 
 def leads() -> bool:
@@ -912,7 +917,7 @@ def sum_gradients(policy: torch.nn.Module) -> None:
 def shard(model: PreTrainedModel, device: torch.device) -> None:
     """Give each rank its part of weights, gradients and optimizer state (FSDP2); layers come together when needed."""
     mesh = dist.init_device_mesh(device.type, (rank_count(),))
-    for module in [*model.base_model.layers, model]:  # type: ignore[misc]
+    for module in [*blocks(model), model]:
         part = fully_shard(module, mesh=mesh)
         part.set_gradient_divide_factor(1.0)  # a sum: the loss is divided by the tokens of all ranks
         part.set_force_sum_reduction_for_comms(True)
@@ -973,17 +978,18 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
     with rank_0_first():
         source = str(toy_model_folder(config, evaluation, display)) if toy else config.model
     checkpoint = run.newest_checkpoint()
+    if device.type == "cuda":
+        card = float(torch.cuda.mem_get_info()[1])
+        plan = plan_memory(config, card, rank_count())
+        if plan.peak() > card:
+            display.note(f"warning: {plan.peak() / GIB:.1f} GiB are planned; what fits the {card / GIB:.1f} there are, "
+                         "python train.py plan says")
     sharded = rank_count() > 1 and config.lora_rank == 0
     policy = load_policy(config, source, checkpoint, torch.device("cpu") if sharded else device)
     check_packing(policy, config)
     if sharded:
         shard(causal_lm(policy), device)
     optimizer, scaler = make_optimizer(policy, config), loss_scaler(config, device)
-    if device.type == "cuda" and (
-        plan := plan_memory(config, card := torch.cuda.mem_get_info()[1], rank_count())
-    ).peak() > card:
-        display.note(f"warning: {plan.peak() / GIB:.1f} GiB are planned, the GPU has {card / GIB:.1f}: what would fit "
-                     "is said by python train.py plan")
     if leads():
         run.folder.mkdir(parents=True, exist_ok=True)
     state = State(ProblemSampler(training, config.seed), Sink(run.folder / "sink.sqlite" if leads() else None))
@@ -1061,9 +1067,17 @@ def prepare_policy(model: PreTrainedModel, config: Config, checkpoint: Path | No
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=RECOMPUTE)
     if config.mlp_chunk_tokens:
-        for layer in model.base_model.layers:  # type: ignore[union-attr]
+        for layer in blocks(model):
             layer.mlp.forward = functools.partial(chunked_mlp, layer.mlp.forward, config.mlp_chunk_tokens)
     return policy
+
+
+def blocks(model: PreTrainedModel) -> Sequence[Any]:
+    layers: Any = getattr(model.base_model, "layers", None)
+    if layers is None or not hasattr(layers[0], "mlp"):
+        raise ModelError(f"model is a {model.config.model_type}: its blocks are not laid out as in Qwen and Llama, which "
+                         "several GPUs and --mlp-chunk-tokens need; do without")
+    return layers
 
 
 # no dropout, so no random numbers to repeat
@@ -1212,7 +1226,7 @@ def toy_model_folder(config: Config, evaluation: Sequence[Problem], display: Dis
         TOY_MODEL, data.TOY_HARD, data.TOY_WRONG, data.TOY_HASTE, [problem.id for problem in problems],
         torch.__version__, data.TOY_SPECIAL, data.TOY_THINK, data.TOY_WORDS, data.TOY_TEMPLATE,
         *(inspect.getsource(source) for source in (
-            data.toy_response, data.toy_tokenizer, data.encode_example, supervised_steps, pack, _row, packed_attention,
+            data.toy_response, data.toy_tokenizer, data.encode_example, supervised_steps, pack, _row, attention_over,
             token_logprobs, _hidden_states, apply_gradient,
         )),
     ]
@@ -1674,6 +1688,16 @@ def known_difficulty(folder: Path, step: int) -> list[int]:
     return difficulty_histogram(latest.values())
 
 
+def show_step(config: Config, metrics: dict[str, float | None], display: Display) -> None:
+    """Print a step's row; on a GPU, after the second, the memory plan beside what the step took by then."""
+    display.row(metrics)
+    if display.rows == 2 and resolve_device(config.device).type == "cuda":
+        card = float(torch.cuda.mem_get_info()[1])
+        measured = {phase: (metrics[name] or 0.0) * GIB
+                    for phase, name in (("rollout", "memory/rollout_gib"), ("backward", "memory/update_gib"))}
+        show_plan(plan_memory(config, card, rank_count()), card, display, measured)
+
+
 # ------------------------------------------------------------------------ the ablation
 
 
@@ -1885,14 +1909,14 @@ KNOWN_SHAPES: dict[str, PretrainedConfig] = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlanOptions:
     """Say what a run takes of a GPU's memory, phase by phase, and the cheapest change that makes it fit.
 
     Needs neither a GPU nor weights. Every other option is one of training (python train.py --help).
     """
 
     gpu_memory: float = 24.0
-    """GiB of each GPU."""
+    """GiB of each GPU, as PyTorch sees them: about 23.5 of an RTX 3090 or 4090."""
     gpus: int = 1
     """How many torchrun will use."""
 
@@ -1904,6 +1928,8 @@ class MemoryPlan:
     phases: dict[str, dict[str, float]]
     responses: float
     """Responses of full length that the engine's key-value cache holds at once."""
+    cpu: dict[str, float] = field(default_factory=dict)
+    """What waits in CPU memory."""
 
     def peak(self, *phases: str) -> float:
         return max(sum(self.phases[phase].values()) for phase in phases or self.phases)
@@ -1930,7 +1956,7 @@ def plan_memory(config: Config, card: float, gpus: int = 1) -> MemoryPlan:
     model_size = sum(p.numel() for p in policy.parameters() if config.lora_rank == 0 or not p.requires_grad)
     gathered = 0.0
     if gpus > 1 and config.lora_rank == 0:  # FSDP brings embedding, head and two blocks together
-        layers: Any = causal_lm(policy).base_model.layers
+        layers = blocks(causal_lm(policy))
         block = sum(p.numel() * p.element_size() for p in layers[0].parameters())
         gathered = weights - (len(layers) - 2) * block
         weights, gradients, state = weights / gpus, gradients / gpus, state / gpus
@@ -1938,8 +1964,8 @@ def plan_memory(config: Config, card: float, gpus: int = 1) -> MemoryPlan:
     sequence = config.max_prompt_tokens + config.longest_response
     rows = min(config.tokens_per_micro_batch, sequence * config.prompts_per_step * config.group_size)
     tokens = max(sequence, rows)
-    same = replace(config, quantize_base=False, offload_activations=False, offload_optimizer=False, optimizer="adamw",
-                   attention="sdpa", lr=1.0)  # in these a dry run would not differ
+    same = replace(config, quantize_base=False, offload_activations=False, offload_optimizer=False, attention="sdpa",
+                   offload_policy=False, optimizer="adamw", lr=1.0)  # in these a dry run would not differ
     one, two = (dry_run(same, layers, tokens) for layers in (1, 2))
     more: int = 0 if config.offload_activations else shape.get_text_config().num_hidden_layers - 1
     kept, logprobs, backward = (a + more * (b - a) for a, b in zip(one, two, strict=True))
@@ -1950,7 +1976,7 @@ def plan_memory(config: Config, card: float, gpus: int = 1) -> MemoryPlan:
 
     per_token = kv_bytes_per_token(shape, compute)
     longest = per_token * (sequence + KV_BLOCK)
-    held = {"policy": weights, "gathered weights": gathered, "optimizer": state, "CUDA": CUDA_CONTEXT}
+    held = {"policy": weights, "optimizer": state, "CUDA": CUDA_CONTEXT}
     cache = float(longest * config.rollouts_per_batch)
     if config.engine == "hf":  # the policy itself; autocast keeps 16-bit copies of float32 weights
         copies = model_size * compute.itemsize
@@ -1959,7 +1985,7 @@ def plan_memory(config: Config, card: float, gpus: int = 1) -> MemoryPlan:
         engine = {**held, "engine weights": model_size * compute.itemsize}
         rollout = {**engine, "CUDA": CUDA_CONTEXT + 0.1 * card, "policy": 0.0 if config.offload_policy else weights}
         cache = max(longest, min(card - sum(rollout.values()), cache))
-    always = {**held, "gradients": gradients}
+    always = {**held, "gathered weights": gathered, "gradients": gradients}
     phases = {
         "weight sync": held if config.engine == "hf" else engine,
         "rollout": {**rollout, "key-value cache": cache},
@@ -1968,8 +1994,11 @@ def plan_memory(config: Config, card: float, gpus: int = 1) -> MemoryPlan:
                      "backward": backward - kept},
         "optimizer step": {**always, "one weight": largest * 24.0 if by_weight else 0.0},
     }  # fmt: skip
+    cpu = {"policy": weights * config.offload_policy,
+           "activations": shape.get_text_config().num_hidden_layers * (two[0] - one[0]) * config.offload_activations,
+           "optimizer": optimizer_bytes(policy, replace(config, offload_optimizer=False)) * config.offload_optimizer}
     return MemoryPlan({phase: {what: size for what, size in parts.items() if size} for phase, parts in phases.items()},
-                      cache / longest)
+                      cache / longest, {what: size for what, size in cpu.items() if size})
 
 
 def unloaded_policy(config: Config, shape: PretrainedConfig) -> torch.nn.Module:
@@ -2095,15 +2124,17 @@ def changes_by_price(config: Config) -> list[Change]:
     """Return what needs less memory, cheapest first."""
     longest = config.max_prompt_tokens + config.longest_response
     changes: list[Change] = [
-        ({"offload_policy": True}, "CPU memory and the way there and back, once a step"),
+        ({"offload_policy": True}, "copies to and from CPU memory, once a step"),
         ({"gradient_checkpointing": True}, "a third more time in the update"),
         ({"tokens_per_micro_batch": longest}, "more rows"),
-        ({"offload_activations": True}, "CPU memory and the way there and back"),
+        ({"offload_activations": True}, "copies to and from CPU memory"),
         ({"mlp_chunk_tokens": 4096}, "MLPs are computed a third time"),
         ({"optimizer": "adamw8bit"}, "a coarser optimizer state"),
-        ({"offload_optimizer": True}, "CPU memory and the way there and back, once a step"),
+        ({"offload_optimizer": True}, "copies to and from CPU memory, once a step"),
         ({"trained_weights": "bfloat16"}, "coarser weights and gradients"),
     ]
+    if config.engine == "hf":
+        changes.insert(0, ({"rollouts_per_batch": 16}, "slower, and other responses are drawn"))
     if config.lora_rank == 0:
         changes.append(({"lora_rank": 32, "lr": 1e-5, "trained_weights": "float32"}, "only adapters learn"))
     changes.append(({"quantize_base": True}, "a base of 4-bit weights"))
@@ -2115,7 +2146,7 @@ def changed(config: Config, changes: Sequence[Change]) -> Config:
 
 
 def cheapest_changes(config: Config, peak: Callable[[Config], float], card: float) -> list[Change]:
-    """Return the cheapest change that makes a configuration fit; if none does alone, the fewest of all that help."""
+    """Return the cheapest change that makes a configuration fit; if none does alone, several that all are needed."""
     def peak_with(changes: Sequence[Change]) -> float:
         try:
             return peak(changed(config, changes))
@@ -2135,7 +2166,7 @@ def cheapest_changes(config: Config, peak: Callable[[Config], float], card: floa
     return taken
 
 
-def run_plan(options: Plan, config: Config, display: Display) -> None:
+def run_plan(options: PlanOptions, config: Config, display: Display) -> None:
     """Print the plan and, if it does not fit, what would."""
     card = options.gpu_memory * GIB
 
@@ -2144,39 +2175,35 @@ def run_plan(options: Plan, config: Config, display: Display) -> None:
         return plan_memory(config, card, options.gpus)
 
     def peak(config: Config) -> float:
+        if options.gpus > 1:
+            refuse_unshardable(config)
         return plan(config).peak()
 
-    def told(config: Config) -> str:
-        return (f"{plan(config).peak('log-probs', 'backward', 'optimizer step') / GIB:.1f} of {options.gpu_memory:g} "
-                f"GiB in the update; {plan(config).responses:.1f} responses of full length are generated at once")
+    def summary(config: Config) -> str:
+        worst = max(plan(config).phases, key=plan(config).peak)
+        return (f"{worst} takes {peak(config) / GIB:.1f} of {options.gpu_memory:g} GiB; vLLM's cache holds "
+                f"{plan(config).responses:.1f} responses of full length at once")
 
     display.note(f"{config.model}, responses of up to {config.longest_response:,} tokens, {options.gpus} x "
-                 f"{options.gpu_memory:g} GiB; GiB on each GPU:\n")
+                 f"{options.gpu_memory:g} GiB, engine {'hf' if config.engine == 'hf' else 'vllm'}; GiB on each GPU:\n")
+    fits = peak(config) <= card
     show_plan(plan(config), card, display)
-    if peak(config) <= card:
-        display.note(f"\nfits: {told(config)}")
+    display.note(f"\n{'fits' if fits else 'does not fit'}: {summary(config)}")
+    if fits:
         return
-    display.note(f"\ndoes not fit: {told(config)}")
-    changes = cheapest_changes(config, peak, card)
-    while peak(changed(config, changes)) > card:
-        length = changed(config, changes).longest_response // 2
+    changes = fitting = cheapest_changes(config, peak, card)
+    length = config.longest_response
+    while peak(changed(config, fitting)) > card:
+        length //= 2
         if length < 128:
             display.note("nothing that is known here makes it fit: take a smaller model or a larger GPU")
             return
-        changes = [*changes, ({"max_response_tokens": length}, "shorter responses")]
-    display.note(f"the cheapest change that fits: {told(changed(config, changes))}")
-    for settings, price in changes:
+        row = min(config.tokens_per_micro_batch, length + config.max_prompt_tokens)
+        fitting = [*changes, ({"max_response_tokens": length, "tokens_per_micro_batch": row}, "shorter responses")]
+    display.note(f"the cheapest change that fits: {summary(changed(config, fitting))}")
+    for settings, price in fitting:
         flags = (f"--{name.replace('_', '-')}" + f" {value}" * (value is not True) for name, value in settings.items())
         display.note(f"  {' '.join(flags)}    ({price})")
-
-
-def compare_with_plan(config: Config, metrics: Mapping[str, float | None], display: Display) -> None:
-    """Print the plan on a GPU once the optimizer has its state, and beside it what the second step really took."""
-    if display.rows == 2 and resolve_device(config.device).type == "cuda":
-        card = float(torch.cuda.mem_get_info()[1])
-        measured = {phase: (metrics[name] or 0.0) * GIB
-                    for phase, name in (("rollout", "memory/rollout_gib"), ("backward", "memory/update_gib"))}
-        show_plan(plan_memory(config, card, rank_count()), card, display, measured)
 
 
 def show_plan(plan: MemoryPlan, card: float, display: Display, measured: Mapping[str, float] | None = None) -> None:
@@ -2191,6 +2218,8 @@ def show_plan(plan: MemoryPlan, card: float, display: Display, measured: Mapping
         legend = "  ".join(f"{PLAN_LETTERS[what]} {what} {size / GIB:.1f}" for what, size in parts.items())
         end = ">" if total > card else "|"
         display.note(f"{phase:14} {bar[:width].ljust(width, '.')}{end} {total / GIB:5.1f}{found}  {legend}")
+    if plan.cpu:
+        display.note("in CPU memory  " + ", ".join(f"{what} {size / GIB:.1f}" for what, size in plan.cpu.items()))
 
 
 PLAN_LETTERS = {"policy": "P", "gathered weights": "W", "optimizer": "O", "gradients": "G", "CUDA": "C",
@@ -2205,7 +2234,7 @@ class ConfigError(ValueError):
     """A setting that cannot be; the message names the field, its value and what would be right."""
 
 
-def read_config(arguments: Sequence[str]) -> Config:
+def read_config(arguments: Sequence[str], needs_data: bool = True) -> Config:
     """Make the configuration: the preset or the resumed run first, then the options over it."""
     resume, preset, model = (_option(arguments, name) for name in ("--resume", "--preset", "--model"))
     if resume is not None:
@@ -2214,7 +2243,7 @@ def read_config(arguments: Sequence[str]) -> Config:
         preset = preset or ("toy" if model in (None, "toy") else "recipe")
         if preset not in PRESETS:
             raise ConfigError(f"preset is {preset}: give one of {', '.join(PRESETS)}")
-        if model not in (None, "toy") and _option(arguments, "--data") is None:
+        if needs_data and preset == "recipe" and model not in (None, "toy") and _option(arguments, "--data") is None:
             raise ConfigError(f"model is {model}, but data is missing: give --data FILE_OR_HUB_NAME (or --data toy)")
         default = PRESETS[preset]
     try:
@@ -2235,8 +2264,8 @@ def read_config(arguments: Sequence[str]) -> Config:
     return config
 
 
-FIXED_IN_A_RUN = ("model", "data", "seed", "optimizer", "lora_rank", "lora_alpha", "eval_data", "eval_problems",
-                  "prompt_suffix", "prompt_examples")
+FIXED_IN_A_RUN = ("model", "data", "seed", "optimizer", "lora_rank", "lora_alpha", "quantize_base", "eval_data",
+                  "eval_problems", "prompt_suffix", "prompt_examples")
 
 
 def stage_options() -> tyro.constructors.ConstructorRegistry:
@@ -2314,8 +2343,8 @@ def main(arguments: Sequence[str]) -> None:
         return
     if arguments[:1] == ["plan"]:
         refuse_torchrun("plan")
-        planned, others = tyro.cli(Plan, args=arguments[1:], prog="train.py plan", return_unknown_args=True)
-        run_plan(planned, read_config(others), display)
+        planned, others = tyro.cli(PlanOptions, args=arguments[1:], prog="train.py plan", return_unknown_args=True)
+        run_plan(planned, read_config(others, needs_data=False), display)
         return
     config = read_config(arguments)
     start_ranks(config)

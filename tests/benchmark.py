@@ -240,7 +240,7 @@ def updates(rest: list[str]) -> None:
     print(f"{'case':>16} {'who':>5}  tokens  seconds (least, most)  tokens/s   MiB of tensors, MiB of the process"
           f"{'   speed against TRL (least, most)' * against}")
     for case in cases or (*CASES, *(["mixed"] if against else [])):
-        seconds, memory = defaultdict(list), {}
+        seconds, memory, usual = defaultdict(list), {}, {}
         contestants = ["ours", "trl"] if against else ["ours"]
         for who in contestants:
             # The C library keeps what it frees, for speed: with every tensor a mapping of its own, nothing is kept.
@@ -249,11 +249,12 @@ def updates(rest: list[str]) -> None:
             for who in contestants:  # by turns: what disturbs the machine disturbs both
                 took, process = in_its_own_process(who, case, options, {})
                 seconds[who].append(took)
+                usual[who] = process
         tokens = sum(Case.read(case).lengths)
         for who in contestants:
             middle = statistics.median(seconds[who])
             line = (f"{case:>16} {who:>5} {tokens:7,} {middle:8.1f} ({min(seconds[who]):.1f}, {max(seconds[who]):.1f})"
-                    f" {tokens / middle:12,.0f} {memory[who]:16,.0f} {process:16,.0f}")
+                    f" {tokens / middle:12,.0f} {memory[who]:16,.0f} {usual[who]:16,.0f}")
             if who == "trl":
                 ratios = [t / o for o, t in zip(seconds["ours"], seconds["trl"], strict=True)]
                 line += f"   {statistics.median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f})"
