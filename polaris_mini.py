@@ -126,7 +126,7 @@ class Common:
     max_prompt_tokens: int = 1024
     """Longest prompt in tokens. Source: release (1024)."""
     engine: Literal["auto", "hf", "vllm"] = "auto"
-    """What generates. hf: the policy itself, by plain PyTorch. vllm: much faster on a GPU. auto: vllm on a GPU if it is
+    """What generates. hf: the policy itself, by plain PyTorch. vllm: for a GPU. auto: vllm on a GPU if it is
     installed, else hf."""
     rollouts_per_batch: int = 256
     """Responses that are generated side by side: memory and speed. Another number draws other responses."""

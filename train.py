@@ -1,7 +1,7 @@
 """Train a reasoning model with POLARIS: rollouts, rewards, rescue, substitution, advantages, one clipped update.
 
     python train.py                                        # the toy world: a tiny model learns sums, on any machine
-    python train.py --model Qwen/Qwen3-1.7B --data problems.jsonl --lora-rank 32 --lr 1e-5
+    python train.py --preset rtx-24gb --data problems.jsonl    # Qwen3-1.7B on one GPU of 24 GB
     python train.py --resume runs/NAME [--steps 200]       # go on where a run stopped
     python train.py ablate                                 # what each mechanism does, in the toy world
     python train.py plot runs/NAME                         # draw its curves again
@@ -640,12 +640,13 @@ AttentionInterface.register("packed", packed_attention)
 
 def choose_attention(config: Config, device: torch.device) -> str:
     """Return the kind of attention, see `Config.attention`."""
-    flash = device.type == "cuda" and resolve_dtype(config, device) != torch.float32
+    modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    flash = modern and resolve_dtype(config, device) != torch.float32
     if config.attention == "auto":
-        return "varlen" if flash and torch.cuda.get_device_capability(device) >= (8, 0) else "sdpa"
+        return "varlen" if flash else "sdpa"
     if config.attention != "sdpa" and not (flash or (config.attention == "flex" and device.type == "cuda")):
         raise ModelError(f"attention is {config.attention}: it needs a GPU"
-                         f"{' and 16 bits' * (config.attention != 'flex')}; take --attention sdpa")
+                         f"{' from Ampere on and 16 bits' * (config.attention != 'flex')}; take --attention sdpa")
     if config.attention == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
         raise ModelError("attention is flash_attn: it is not installed; pip install flash-attn, or take another")
     return config.attention
@@ -679,9 +680,9 @@ def attention_over(row: Row, kind: str) -> Attend:
         return flash
     size = sum(row.sequence_lengths)
     sequence = torch.bucketize(torch.arange(size, device=bounds.device), bounds[1:], right=True)  # (N,) each's number
-    mask = create_block_mask(lambda b, h, i, j: (sequence[i] == sequence[j]) & (i >= j), None, None, size, size,
-                             device=str(bounds.device))  # fmt: skip
-    flex: Any = flex_attention if bounds.device.type == "cpu" else _compiled_flex_attention()
+    make_mask, flex = (create_block_mask, flex_attention) if bounds.device.type == "cpu" else _compiled_flex()
+    mask = make_mask(lambda b, h, i, j: (sequence[i] == sequence[j]) & (i >= j), None, None, size, size,
+                     device=str(bounds.device))  # fmt: skip
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         q, k = query.to(value.dtype), key.to(value.dtype)
@@ -691,8 +692,8 @@ def attention_over(row: Row, kind: str) -> Attend:
 
 
 @functools.cache
-def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
-    return torch.compile(flex_attention, dynamic=True)
+def _compiled_flex() -> tuple[Any, Any]:
+    return torch.compile(create_block_mask), torch.compile(flex_attention, dynamic=True)  # neither holds (N, N)
 
 
 TokenLoss = Callable[[Row, torch.Tensor], torch.Tensor]
@@ -715,8 +716,9 @@ def token_logprobs(
     states, targets = hidden.detach(), row.targets[:, None]
     weight = model.get_output_embeddings().weight  # (V, H)
     head = weight.detach().to(states.dtype)
-    if token_loss is not None and weight.requires_grad and weight.grad is None:
-        weight.grad = torch.zeros_like(weight)
+    grad_weight = weight.grad  # (V, H), to which the chunks are added; in bfloat16 many would be too small to count
+    if token_loss is not None and weight.requires_grad and (grad_weight is None or weight.dtype == torch.bfloat16):
+        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
     grad_states = torch.empty_like(states)
     logprobs, entropies = [], []
     for start in range(0, len(states), config.logprob_chunk_tokens):
@@ -735,10 +737,13 @@ def token_logprobs(
             slope = slope[:, None] / temperature
             grad_logits = p.mul_(-slope).scatter_add_(1, targets[chunk], slope).to(states.dtype)  # (1_t - p) slope
             grad_states[chunk] = grad_logits @ head
-            if weight.requires_grad:
-                for grad_rows, columns in zip(weight.grad.split(16384), grad_logits.split(16384, dim=1), strict=True):
+            if grad_weight is not None:
+                for grad_rows, columns in zip(grad_weight.split(16384), grad_logits.split(16384, dim=1), strict=True):
                     grad_rows += columns.T @ states[chunk]
     if token_loss is not None:
+        if grad_weight is not weight.grad:
+            weight.grad = grad_weight.to(weight.dtype) if weight.grad is None else weight.grad.add_(grad_weight)
+        del grad_weight
         hidden.backward(grad_states)
     return torch.cat(logprobs), torch.cat(entropies)
 
@@ -931,10 +936,11 @@ def whole_state(setup: Setup) -> tuple[dict[str, torch.Tensor] | None, dict[str,
     weights = None
     if is_sharded(setup.policy):
         weights = {name: _on_rank_0(weight) for name, weight in setup.policy.state_dict().items()}
-    optimizer = setup.optimizer.state_dict()
-    states = {number: {name: _on_rank_0(value) for name, value in state.items()}
-              for number, state in optimizer["state"].items()}
-    return weights, {**optimizer, "state": states}
+    groups, state = setup.optimizer.param_groups, setup.optimizer.state
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    states = {number: {name: _on_rank_0(value) for name, value in state[parameter].items()}
+              for number, parameter in enumerate(parameters) if parameter in state}
+    return weights, {"state": states}  # without the settings, which are the config's
 
 
 def _on_rank_0(value: Any) -> Any:
@@ -979,11 +985,7 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
         source = str(toy_model_folder(config, evaluation, display)) if toy else config.model
     checkpoint = run.newest_checkpoint()
     if device.type == "cuda":
-        card = float(torch.cuda.mem_get_info()[1])
-        plan = plan_memory(config, card, rank_count())
-        if plan.peak() > card:
-            display.note(f"warning: {plan.peak() / GIB:.1f} GiB are planned; what fits the {card / GIB:.1f} there are, "
-                         "python train.py plan says")
+        warn_if_too_large(config, device, display)
     sharded = rank_count() > 1 and config.lora_rank == 0
     policy = load_policy(config, source, checkpoint, torch.device("cpu") if sharded else device)
     check_packing(policy, config)
@@ -1062,6 +1064,8 @@ def prepare_policy(model: PreTrainedModel, config: Config, checkpoint: Path | No
     for module in policy.modules():
         if isinstance(module, torch.nn.Dropout):  # the trainer's log-probs must be the sampler's
             module.p = 0.0
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # of 4-bit layers: a CPU path without a gradient
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         if hasattr(module, "cast_input_dtype_enabled"):  # of LoRA: autocast is enough, and keeps no float32 copy
             module.cast_input_dtype_enabled = False  # type: ignore[assignment]
     if config.gradient_checkpointing:
@@ -1075,8 +1079,8 @@ def prepare_policy(model: PreTrainedModel, config: Config, checkpoint: Path | No
 def blocks(model: PreTrainedModel) -> Sequence[Any]:
     layers: Any = getattr(model.base_model, "layers", None)
     if layers is None or not hasattr(layers[0], "mlp"):
-        raise ModelError(f"model is a {model.config.model_type}: its blocks are not laid out as in Qwen and Llama, which "
-                         "several GPUs and --mlp-chunk-tokens need; do without")
+        raise ModelError(f"model is a {model.config.model_type}: its blocks are not laid out as in Qwen and Llama, "
+                         "which several GPUs and --mlp-chunk-tokens need; do without")
     return layers
 
 
@@ -1154,7 +1158,7 @@ def check_packing(policy: torch.nn.Module, config: Config) -> None:
                 expected.append(log_p.gather(1, ids[0, 1:, None])[:, 0])
         model.set_attn_implementation("packed")
     error = (packed - torch.cat(expected)).abs().max().item()
-    tolerance = 1e-2 if compute_dtype == torch.float32 else 0.5
+    tolerance = 1e-2 if min(compute_dtype.itemsize, model.dtype.itemsize) >= 4 else 0.5
     if not error < tolerance:
         raise ModelError(
             f"model is {config.model} ({model.config.model_type}): log-probs of packed sequences differ by {error:.3g} "
@@ -1178,8 +1182,9 @@ def supervised_steps(
     ranks: int = 1,
 ) -> None:
     """Teach worked examples (prompt tokens, response tokens) by `warmup_steps` steps of cross-entropy."""
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.warmup_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    adam = replace(config, optimizer="adamw8bit" if config.optimizer == "adamw8bit" else "adamw", lr=config.warmup_lr,
+                   beta1=0.9, beta2=0.99, weight_decay=0.01)  # fmt: skip
+    optimizer = make_optimizer(policy, adam)
     order, device = shuffled_for_ever(len(examples), config.seed), causal_lm(policy).device
     scaler = loss_scaler(config, device)
 
@@ -1691,11 +1696,28 @@ def known_difficulty(folder: Path, step: int) -> list[int]:
 def show_step(config: Config, metrics: dict[str, float | None], display: Display) -> None:
     """Print a step's row; on a GPU, after the second, the memory plan beside what the step took by then."""
     display.row(metrics)
-    if display.rows == 2 and resolve_device(config.device).type == "cuda":
-        card = float(torch.cuda.mem_get_info()[1])
-        measured = {phase: (metrics[name] or 0.0) * GIB
-                    for phase, name in (("rollout", "memory/rollout_gib"), ("backward", "memory/update_gib"))}
-        show_plan(plan_memory(config, card, rank_count()), card, display, measured)
+    if display.rows == 2 and (device := resolve_device(config.device)).type == "cuda":
+        plan, card = plan_for(config, device)
+        names = {"rollout": "memory/rollout_gib", "backward": "memory/update_gib"}
+        measured = {phase: (metrics[name] or 0.0) * GIB for phase, name in names.items()}
+        if plan is not None:
+            show_plan(plan, card, display, measured)
+
+
+def plan_for(config: Config, device: torch.device) -> tuple[MemoryPlan | None, float]:
+    """Return the plan for a GPU, None for a model that has none, and the GPU's bytes."""
+    card = float(torch.cuda.mem_get_info(device)[1])
+    try:
+        return plan_memory(replace(config, engine="vllm" if uses_vllm(config) else "hf"), card, rank_count()), card
+    except ModelError:
+        return None, card
+
+
+def warn_if_too_large(config: Config, device: torch.device, display: Display) -> None:
+    plan, card = plan_for(config, device)
+    if plan is not None and plan.peak() > card:
+        display.note(f"warning: {plan.peak() / GIB:.1f} GiB are planned, there are {card / GIB:.1f}: for what fits ask "
+                     f"python train.py plan --gpu-memory {card / GIB:.1f} with the same options")
 
 
 # ------------------------------------------------------------------------ the ablation
@@ -1955,10 +1977,10 @@ def plan_memory(config: Config, card: float, gpus: int = 1) -> MemoryPlan:
     state: float = optimizer_bytes(policy, config)
     model_size = sum(p.numel() for p in policy.parameters() if config.lora_rank == 0 or not p.requires_grad)
     gathered = 0.0
-    if gpus > 1 and config.lora_rank == 0:  # FSDP brings embedding, head and two blocks together
-        layers = blocks(causal_lm(policy))
+    if gpus > 1 and config.lora_rank == 0:  # FSDP brings embedding, head and two blocks together: weights, gradients,
+        layers = blocks(causal_lm(policy))  # and these once more on their way to the other GPUs
         block = sum(p.numel() * p.element_size() for p in layers[0].parameters())
-        gathered = weights - (len(layers) - 2) * block
+        gathered = 3 * (weights - (len(layers) - 2) * block)
         weights, gradients, state = weights / gpus, gradients / gpus, state / gpus
 
     sequence = config.max_prompt_tokens + config.longest_response
@@ -1971,16 +1993,21 @@ def plan_memory(config: Config, card: float, gpus: int = 1) -> MemoryPlan:
     kept, logprobs, backward = (a + more * (b - a) for a, b in zip(one, two, strict=True))
     if config.quantize_base:  # one matrix at a time is made 16-bit again
         backward += max(w.numel() for w in linear) * compute.itemsize
-    largest = max(p.numel() for p in trained)
-    by_weight = config.offload_optimizer or config.trained_weights == "bfloat16"
+    largest = max(trained, key=torch.Tensor.numel)  # of which the step by weights has copies
+    step = 16.0 * largest.numel() if largest.dtype == torch.bfloat16 else 0.0  # float32 weight, gradient, noise, sum
+    if config.offload_optimizer:
+        step += optimizer_bytes(policy, replace(config, offload_optimizer=False)) * largest.numel() / sum(
+            p.numel() for p in trained)
 
     per_token = kv_bytes_per_token(shape, compute)
     longest = per_token * (sequence + KV_BLOCK)
     held = {"policy": weights, "optimizer": state, "CUDA": CUDA_CONTEXT}
     cache = float(longest * config.rollouts_per_batch)
-    if config.engine == "hf":  # the policy itself; autocast keeps 16-bit copies of float32 weights
-        copies = model_size * compute.itemsize
-        rollout = {**held, "engine weights": copies if weights > copies else 0.0}
+    if config.engine == "hf":  # the policy itself, but a copy of sharded weights; autocast keeps 16-bit ones of float32
+        copies = float(model_size * compute.itemsize) if gathered or trained[0].dtype != compute else 0.0
+        if gathered:
+            held["engine weights"] = copies
+        rollout = {**held, "engine weights": copies if config.lora_rank == 0 else 0.0}
     else:
         engine = {**held, "engine weights": model_size * compute.itemsize}
         rollout = {**engine, "CUDA": CUDA_CONTEXT + 0.1 * card, "policy": 0.0 if config.offload_policy else weights}
@@ -1992,7 +2019,7 @@ def plan_memory(config: Config, card: float, gpus: int = 1) -> MemoryPlan:
         "log-probs": {**always, "activations kept": kept, "log-prob chunk": logprobs - kept},
         "backward": {**always, "activations kept": kept, "block recomputed" if config.gradient_checkpointing else
                      "backward": backward - kept},
-        "optimizer step": {**always, "one weight": largest * 24.0 if by_weight else 0.0},
+        "optimizer step": {**always, "one weight": step},
     }  # fmt: skip
     cpu = {"policy": weights * config.offload_policy,
            "activations": shape.get_text_config().num_hidden_layers * (two[0] - one[0]) * config.offload_activations,
@@ -2047,8 +2074,12 @@ def dry_run(config: Config, layers: int, tokens: int) -> tuple[float, float, flo
         for parameter in policy.train().parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
             live.ignore(parameter, parameter.grad)
-        with live:
-            token_logprobs(policy, row, 1.0, config, lambda row, logprobs: logprobs * row.advantages)
+        try:
+            with live:
+                token_logprobs(policy, row, 1.0, config, lambda row, logprobs: logprobs * row.advantages)
+        except RuntimeError as error:
+            raise ModelError(f"model is {config.model}: its memory cannot be planned, as its code looks at values, not "
+                             f"only shapes ({type(error).__name__})") from error
     kept, logprobs = found
     states = (tokens - few) * text.hidden_size * getattr(torch, config.dtype).itemsize  # of the other chunks; and
     return kept, logprobs + 2 * states, live.peak + 2 * states  # their gradients
@@ -2168,6 +2199,8 @@ def cheapest_changes(config: Config, peak: Callable[[Config], float], card: floa
 
 def run_plan(options: PlanOptions, config: Config, display: Display) -> None:
     """Print the plan and, if it does not fit, what would."""
+    if not 0 < options.gpu_memory < math.inf or options.gpus < 1:
+        raise ConfigError(f"gpu_memory is {options.gpu_memory}, gpus {options.gpus}: give GiB above 0, and at least 1")
     card = options.gpu_memory * GIB
 
     @functools.cache
