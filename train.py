@@ -1313,10 +1313,6 @@ def restore(
     load_optimizer(optimizer, saved["optimizer"], config)
     if scaler.is_enabled() and saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
-    for parameters in optimizer.param_groups:  # the state's own values would win over a new --lr
-        parameters["lr"], parameters["weight_decay"] = config.lr, config.weight_decay
-        if "betas" in parameters:
-            parameters["betas"] = (config.beta1, config.beta2)
     state.sampler.load_state_dict(saved["sampler"])
     if len(state.temperatures) == state.stage <= len(config.stages):  # in a stage whose setting may be another now
         now = config.stages[state.stage - 1].temperature
@@ -2213,8 +2209,9 @@ def run_plan(options: PlanOptions, config: Config, display: Display) -> None:
         return plan(config).peak()
 
     def summary(config: Config) -> str:
-        worst = max(plan(config).phases, key=plan(config).peak)
-        return (f"{worst} takes {peak(config) / GIB:.1f} of {options.gpu_memory:g} GiB; vLLM's cache holds "
+        full = plan(config).peak("rollout") <= card  # by a cache that takes what is left
+        worst = max((phase for phase in plan(config).phases if phase != "rollout" or not full), key=plan(config).peak)
+        return (f"{worst} takes {plan(config).peak(worst) / GIB:.1f} of {options.gpu_memory:g} GiB; the cache holds "
                 f"{plan(config).responses:.1f} responses of full length at once")
 
     display.note(f"{config.model}, responses of up to {config.longest_response:,} tokens, {options.gpus} x "

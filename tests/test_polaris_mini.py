@@ -509,7 +509,7 @@ def test_workstation_presets_are_the_small_setting_of_the_author(name, published
     assert c.lora_rank > 0
     changed = {
         "preset", "stages", "prompts_per_step", "lora_rank", "lr", "optimizer", "gradient_checkpointing",
-        "tokens_per_micro_batch", "rollouts_per_batch",
+        "tokens_per_micro_batch", "rollouts_per_batch", "offload_policy",
     }  # fmt: skip
     for field in fields(Config):
         if field.name not in changed:

@@ -162,8 +162,6 @@ def test_longer_training_of_a_finished_run(finished, run_train, tmp_path):
     result = run_train("--resume", folder, "--steps", STEPS + 1, "--lr", 5e-5)
     assert result.returncode == 0, result.stderr
     assert [m["step"] for m in lines(folder / "metrics.jsonl")] == list(range(1, STEPS + 2))
-    state = torch.load(folder / "checkpoints" / f"step_{STEPS + 1:06d}" / "trainer_state.pt", weights_only=True)
-    assert state["optimizer"]["param_groups"][0]["lr"] == 5e-5  # a new --lr is obeyed
 
 
 def test_a_resume_may_end_the_run_earlier_or_change_the_temperature(finished, run_train, tmp_path):

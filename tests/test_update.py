@@ -221,6 +221,9 @@ def test_an_optimizer_goes_on_from_its_saved_state_as_if_never_stopped(tmp_path,
     load_optimizer(again, torch.load(tmp_path / "state.pt", weights_only=True), config)
     for seed in (1, 2):
         assert torch.equal(update(copied, again, seed), update(model, optimizer_, seed))
+    slower = make_optimizer(copied, replace(config, lr=5e-5))
+    load_optimizer(slower, torch.load(tmp_path / "state.pt", weights_only=True), config)
+    assert slower.param_groups[0]["lr"] == 5e-5  # a resume's new --lr is obeyed
 
 
 def test_stochastic_rounding_is_right_on_average_and_leaves_what_bfloat16_can_hold():
