@@ -276,6 +276,19 @@ def test_base_model_with_warm_start_examples_lora_and_8_bit_adam(base_model, sum
     assert result.returncode == 0, result.stderr
 
 
+def test_all_that_saves_memory_at_once_and_a_resume_that_changes_nothing(run_train, tmp_path):
+    """Bfloat16 weights are rounded by chance, which follows from seed and step."""
+    options = [*SMALL, "--trained-weights", "bfloat16", "--optimizer", "adamw8bit", "--offload-optimizer",
+               "--offload-policy", "--gradient-checkpointing", "--offload-activations", "--mlp-chunk-tokens", 16,
+               "--no-substitute", "--lr", "1e-5"]
+    assert run_train(*options, "--steps", 4, "--run-dir", tmp_path / "straight").returncode == 0
+    assert run_train(*options, "--steps", 2, "--run-dir", tmp_path / "stopped").returncode == 0
+    result = run_train("--resume", tmp_path / "stopped", "--steps", 4)
+    assert result.returncode == 0, result.stderr
+    assert weights(tmp_path / "straight", 4)["model.norm.weight"].dtype == torch.bfloat16
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped", 4)
+
+
 def test_stages_of_the_command_line_and_mastered_problems(run_train, tmp_path):
     """Two stages; with --mastered-above 0 every problem with a correct rollout leaves between them."""
     folder = tmp_path / "stages"
