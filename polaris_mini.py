@@ -252,7 +252,7 @@ class Config(Common):
     logprob_chunk_tokens: int = 256
     """Tokens whose logits exist at the same time: fewer take less memory, far fewer also longer."""
     gradient_checkpointing: bool = False
-    """Keep only each block's input and recompute the rest in the backward pass: a third more time."""
+    """Keep only each block's input and recompute the rest in the backward pass."""
     offload_activations: bool = False
     """Keep each block's input in CPU memory. Needs gradient_checkpointing."""
     mlp_chunk_tokens: int = 0

@@ -549,19 +549,21 @@ def policy_weights(policy: torch.nn.Module, dtype: torch.dtype) -> Iterator[tupl
 
     Sharded ones come whole, so all ranks have to ask for them.
     """
-    from peft.utils.integrations import dequantize_module_weight  # slow to import
-
     model = causal_lm(policy)
     for name, weight in model.state_dict().items():
         if ".lora_" in name or ".base_layer.weight." in name:  # an adapter's own, the scales of a 4-bit weight
             continue
         if name.endswith(".base_layer.weight"):
+            from peft.utils.integrations import dequantize_module_weight  # slow to import, and only LoRA needs it
+
             adapted = model.get_submodule(name.removesuffix(".base_layer.weight"))
             weight = dequantize_module_weight(adapted.base_layer).float()  # type: ignore[arg-type]
             weight = weight + adapted.get_delta_weight("default").detach().float()  # type: ignore[operator]
         yield name.replace(".base_layer.", "."), whole(weight).to(dtype)
 
 
+ENGINE_SHARE = 0.1
+"""Of a GPU's memory, for vLLM's activations, CUDA graphs and what else there is."""
 KV_BLOCK = 128
 """Tokens; vLLM rounds each sequence up to its block, which is no larger."""
 
@@ -587,7 +589,7 @@ def kv_cache_bytes(config: PretrainedConfig, settings: Common, max_tokens: int, 
                 config, trust_remote_code=settings.trust_remote_code
             ).num_parameters() * dtype.itemsize
         free, total = torch.cuda.mem_get_info(device)
-        left = free - weights - reserved_bytes - 0.1 * total  # a tenth for activations, CUDA graphs, what else there is
+        left = free - weights - reserved_bytes - ENGINE_SHARE * total
     else:
         left = 0.25 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     if left < per_token * (max_tokens + KV_BLOCK):

@@ -75,10 +75,10 @@ from polaris_mini import (
 )
 from reward import RewardPool
 from rollout import (
-    KV_BLOCK, Engine, EngineError, Evaluation, HFEngine, Measure, ModelError, ProbeCurves, Response, Sampling,
-    VLLMEngine, autocast, base_model, causal_lm, encode_prompts, evaluate, is_sharded, kv_bytes_per_token, load_model,
-    load_problems, load_tokenizer, rank_count, refuse_torchrun, resolve_device, resolve_dtype, reward_pool, run_measure,
-    sample_groups, set_rewards, torchrun_count, uses_vllm, whole,
+    ENGINE_SHARE, KV_BLOCK, Engine, EngineError, Evaluation, HFEngine, Measure, ModelError, ProbeCurves, Response,
+    Sampling, VLLMEngine, autocast, base_model, causal_lm, encode_prompts, evaluate, is_sharded, kv_bytes_per_token,
+    load_model, load_problems, load_tokenizer, rank_count, refuse_torchrun, resolve_device, resolve_dtype, reward_pool,
+    run_measure, sample_groups, set_rewards, torchrun_count, uses_vllm, whole,
 )
 
 # ---------------------------------------------------------------------------- the loop
@@ -1007,8 +1007,9 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
         f"engine {'vllm' if vllm else 'hf'}; run folder {run.folder}"
     )
     longest = max(len(problem.prompt_tokens) for problem in [*training, *evaluation]) + config.longest_response
+    state_is_elsewhere = bool(optimizer.state) or config.offload_optimizer  # on the device already, or never
     engine = make_engine(policy, source, tokenizer, config, max_tokens=longest,
-                         reserved_bytes=0 if optimizer.state else optimizer_bytes(policy, config))
+                         reserved_bytes=0 if state_is_elsewhere else optimizer_bytes(policy, config))
     setup = Setup(tokenizer, policy, optimizer, scaler, engine, reward_pool(config, tokenizer), evaluation, state)
     if warmup and checkpoint is None:
         warm_start(setup, warmup, config, display)
@@ -1051,10 +1052,15 @@ def load_policy(config: Config, source: str, checkpoint: Path | None, device: to
                          "with --resume RUN, or merge it into its base first (peft's merge_and_unload)")
     model = load_model(
         source if lora or checkpoint is None else str(checkpoint),
-        dtype=resolve_dtype(config, device) if lora else getattr(torch, config.trained_weights),
-        device=device, trust_remote_code=config.trust_remote_code, four_bits=config.quantize_base,
+        dtype=stored_dtype(config, resolve_dtype(config, device)), device=device,
+        trust_remote_code=config.trust_remote_code, four_bits=config.quantize_base,
     )
     return prepare_policy(model, config, checkpoint)
+
+
+def stored_dtype(config: Config, compute_dtype: torch.dtype) -> torch.dtype:
+    """Return the type of the policy's weights, adapters aside."""
+    return compute_dtype if config.lora_rank > 0 else getattr(torch, config.trained_weights)
 
 
 def prepare_policy(model: PreTrainedModel, config: Config, checkpoint: Path | None = None) -> torch.nn.Module:
@@ -1121,9 +1127,7 @@ def make_optimizer(policy: torch.nn.Module, config: Config) -> torch.optim.Optim
 
 
 def optimizer_bytes(policy: torch.nn.Module, config: Config) -> int:
-    """Return what the optimizer's state will take on the device once the first update has made it."""
-    if config.offload_optimizer:
-        return 0
+    """Return what the optimizer's state will take once the first update has made it."""
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     share = rank_count() if is_sharded(policy) else 1
     return trained * {"adamw": 8, "adamw8bit": 2, "sgd": 0}[config.optimizer] // share
@@ -1689,33 +1693,6 @@ def known_difficulty(folder: Path, step: int) -> list[int]:
     return difficulty_histogram(latest.values())
 
 
-def show_step(config: Config, metrics: dict[str, float | None], display: Display) -> None:
-    """Print a step's row; on a GPU, after the second, the memory plan beside what the step took by then."""
-    display.row(metrics)
-    if display.rows == 2 and (device := resolve_device(config.device)).type == "cuda":
-        plan, card = plan_for(config, device)
-        names = {"rollout": "memory/rollout_gib", "backward": "memory/update_gib"}
-        measured = {phase: (metrics[name] or 0.0) * GIB for phase, name in names.items()}
-        if plan is not None:
-            show_plan(plan, card, display, measured)
-
-
-def plan_for(config: Config, device: torch.device) -> tuple[MemoryPlan | None, float]:
-    """Return the plan for a GPU, None for a model that has none, and the GPU's bytes."""
-    card = float(torch.cuda.mem_get_info(device)[1])
-    try:
-        return plan_memory(replace(config, engine="vllm" if uses_vllm(config) else "hf"), card, rank_count()), card
-    except ModelError:
-        return None, card
-
-
-def warn_if_too_large(config: Config, device: torch.device, display: Display) -> None:
-    plan, card = plan_for(config, device)
-    if plan is not None and plan.peak() > card:
-        display.note(f"warning: {plan.peak() / GIB:.1f} GiB are planned, there are {card / GIB:.1f}: for what fits ask "
-                     f"python train.py plan --gpu-memory {card / GIB:.1f} with the same options")
-
-
 # ------------------------------------------------------------------------ the ablation
 
 
@@ -1954,79 +1931,101 @@ class MemoryPlan:
 
 
 def plan_memory(config: Config, card: float, gpus: int = 1) -> MemoryPlan:
-    """Work out what every phase of a step takes of a GPU with `card` bytes.
-
-    What the update takes is not estimated by formulas but found by a dry run of its own code, see `dry_run`.
-    """
+    """Work out what every phase of a step takes of a GPU with `card` bytes."""
     if config.dtype == "auto":
         config = replace(config, dtype="bfloat16")
-    shape, compute = model_shape(config), getattr(torch, config.dtype)
-    policy = unloaded_policy(config, shape)
+    shape = model_shape(config)
+    policy, tokens = unloaded_policy(config, shape), config.max_prompt_tokens + config.longest_response
+    weights, state, gathered = weight_bytes(policy, config), float(optimizer_bytes(policy, config)), 0.0
     trained = [p for p in policy.parameters() if p.requires_grad]
-    head: Any = causal_lm(policy).get_output_embeddings()
-    linear = [m.weight for m in policy.modules() if type(m) is torch.nn.Linear and m is not head]
-    weights: float = sum(p.numel() * p.element_size() for p in policy.parameters())
-    if config.quantize_base:  # half a byte, and 8 bits for every 64 weights with 32 bits for every 256 of these
-        frozen = sum(w.numel() for w in linear if not w.requires_grad)
-        weights -= frozen * (compute.itemsize - 0.5 - 1 / 64 - 4 / (64 * 256))
     gradients: float = sum(p.numel() * p.element_size() for p in trained)
-    state: float = optimizer_bytes(policy, config)
-    model_size = sum(p.numel() for p in policy.parameters() if config.lora_rank == 0 or not p.requires_grad)
-    gathered = 0.0
     if gpus > 1 and config.lora_rank == 0:  # FSDP brings embedding, head and two blocks together: weights, gradients,
         layers = blocks(causal_lm(policy))  # and these once more on their way to the other GPUs
         block = sum(p.numel() * p.element_size() for p in layers[0].parameters())
         gathered = 3 * (weights - (len(layers) - 2) * block)
         weights, gradients, state = weights / gpus, gradients / gpus, state / gpus
-
-    sequence = config.max_prompt_tokens + config.longest_response
-    rows = min(config.tokens_per_micro_batch, sequence * config.prompts_per_step * config.group_size)
-    tokens = max(sequence, rows)
-    same = replace(config, quantize_base=False, offload_activations=False, offload_optimizer=False, attention="sdpa",
-                   offload_policy=False, optimizer="adamw", lr=1.0)  # in these a dry run would not differ
-    one, two = (dry_run(same, layers, tokens) for layers in (1, 2))
-    more: int = 0 if config.offload_activations else shape.get_text_config().num_hidden_layers - 1
-    kept, logprobs, backward = (a + more * (b - a) for a, b in zip(one, two, strict=True))
-    if config.quantize_base:  # one matrix at a time is made 16-bit again
-        backward += max(w.numel() for w in linear) * compute.itemsize
+    held = {"policy": weights, "optimizer": 0.0 if config.offload_optimizer else state, "CUDA": CUDA_CONTEXT}
     largest = max(trained, key=torch.Tensor.numel)  # of which the step by weights has copies
     step = 16.0 * largest.numel() if largest.dtype == torch.bfloat16 else 0.0  # float32 weight, gradient, noise, sum
     if config.offload_optimizer:
-        step += optimizer_bytes(policy, replace(config, offload_optimizer=False)) * largest.numel() / sum(
-            p.numel() for p in trained)
+        step += state * largest.numel() / sum(p.numel() for p in trained)
 
-    per_token = kv_bytes_per_token(shape, compute)
-    longest = per_token * (sequence + KV_BLOCK)
-    held = {"policy": weights, "optimizer": state, "CUDA": CUDA_CONTEXT}
-    cache = float(longest * config.rollouts_per_batch)
-    if config.engine == "hf":  # the policy itself, but a copy of sharded weights; autocast keeps 16-bit ones of float32
-        copies = float(model_size * compute.itemsize) if gathered or trained[0].dtype != compute else 0.0
-        if gathered:
-            held["engine weights"] = copies
-        rollout = {**held, "engine weights": copies if config.lora_rank == 0 else 0.0}
-    else:
-        engine = {**held, "engine weights": model_size * compute.itemsize}
-        rollout = {**engine, "CUDA": CUDA_CONTEXT + 0.1 * card, "policy": 0.0 if config.offload_policy else weights}
-        cache = max(longest, min(card - sum(rollout.values()), cache))
-    always = {**held, "gathered weights": gathered, "gradients": gradients}
+    kept, logprobs, backward, block_inputs = update_bytes(policy, config, tokens)
+    held, engine, rollout, responses = engine_bytes(policy, config, held, card, tokens, sharded=gathered > 0)
+    always = {**held, "gathered weights": gathered, "gradients": gradients, "activations kept": kept}
+    recomputed = "block recomputed" if config.gradient_checkpointing else "backward"
     phases = {
-        "weight sync": held if config.engine == "hf" else engine,
-        "rollout": {**rollout, "key-value cache": cache},
-        "log-probs": {**always, "activations kept": kept, "log-prob chunk": logprobs - kept},
-        "backward": {**always, "activations kept": kept, "block recomputed" if config.gradient_checkpointing else
-                     "backward": backward - kept},
-        "optimizer step": {**always, "one weight": step},
-    }  # fmt: skip
-    cpu = {"policy": weights * config.offload_policy,
-           "activations": shape.get_text_config().num_hidden_layers * (two[0] - one[0]) * config.offload_activations,
-           "optimizer": optimizer_bytes(policy, replace(config, offload_optimizer=False)) * config.offload_optimizer}
-    return MemoryPlan({phase: {what: size for what, size in parts.items() if size} for phase, parts in phases.items()},
-                      cache / longest, {what: size for what, size in cpu.items() if size})
+        "weight sync": engine,
+        "rollout": rollout,
+        "log-probs": {**always, "log-prob chunk": logprobs - kept},
+        "backward": {**always, recomputed: backward - kept},
+        "optimizer step": {**always, "activations kept": 0.0, "one weight": step},
+    }
+    cpu = {"policy": weights * config.offload_policy, "activations": block_inputs * config.offload_activations,
+           "optimizer": state * config.offload_optimizer}  # fmt: skip
+    return MemoryPlan({phase: _without_zeros(parts) for phase, parts in phases.items()}, responses, _without_zeros(cpu))
+
+
+def _without_zeros(parts: Mapping[str, float]) -> dict[str, float]:
+    return {what: size for what, size in parts.items() if size}
+
+
+def frozen_linear(policy: torch.nn.Module) -> list[torch.Tensor]:
+    """Return the weights under the LoRA adapters, which are those that `quantize_base` keeps in 4 bits."""
+    head: Any = causal_lm(policy).get_output_embeddings()
+    linear = (module.weight for module in policy.modules() if type(module) is torch.nn.Linear and module is not head)
+    return [weight for weight in linear if not weight.requires_grad]
+
+
+def weight_bytes(policy: torch.nn.Module, config: Config) -> float:
+    """Return what the policy's weights take."""
+    size: float = sum(p.numel() * p.element_size() for p in policy.parameters())
+    if config.quantize_base:  # half a byte, and 8 bits for every 64 weights with 32 bits for every 256 of these
+        size -= sum(w.numel() * (w.element_size() - 0.5 - 1 / 64 - 4 / (64 * 256)) for w in frozen_linear(policy))
+    return size
+
+
+def update_bytes(policy: torch.nn.Module, config: Config, longest: int) -> tuple[float, float, float, float]:
+    """Return what the forward pass keeps, the peaks of log-probs and backward pass, and the inputs of all blocks.
+
+    Not estimated by formulas but found by a dry run of the update's own code. `longest`: a prompt and its response.
+    """
+    row = max(longest, min(config.tokens_per_micro_batch, longest * config.prompts_per_step * config.group_size))
+    same = replace(config, quantize_base=False, offload_activations=False, offload_optimizer=False, attention="sdpa",
+                   offload_policy=False, optimizer="adamw", lr=1.0)  # in these a dry run would not differ
+    one, two = (dry_run(same, layers, row) for layers in (1, 2))
+    layers: int = causal_lm(policy).config.get_text_config().num_hidden_layers
+    more = 0 if config.offload_activations else layers - 1
+    kept, logprobs, backward = (a + more * (b - a) for a, b in zip(one, two, strict=True))
+    if config.quantize_base:  # one matrix at a time is made 16-bit again
+        backward += max(w.numel() * w.element_size() for w in frozen_linear(policy))
+    return kept, logprobs, backward, layers * (two[0] - one[0])
+
+
+def engine_bytes(
+    policy: torch.nn.Module, config: Config, held: dict[str, float], card: float, longest: int, *, sharded: bool
+) -> tuple[dict[str, float], dict[str, float], dict[str, float], float]:
+    """Return what is held in every phase, in weight sync and in rollout, and how many responses the cache holds."""
+    compute = getattr(torch, config.dtype)
+    whole_model = [p for p in policy.parameters() if config.lora_rank == 0 or not p.requires_grad]
+    weights = float(sum(p.numel() for p in whole_model) * compute.itemsize)
+    response = kv_bytes_per_token(causal_lm(policy).config, compute) * (longest + KV_BLOCK)
+    cache = float(response * config.rollouts_per_batch)
+    if config.engine == "hf":  # the policy itself, but a copy of sharded weights; autocast keeps 16-bit ones of float32
+        held = {**held, "engine weights": weights} if sharded else held
+        copies = config.lora_rank == 0 and whole_model[0].dtype != compute
+        rollout = {**held, "engine weights": weights if sharded or copies else 0.0}
+        return held, held, {**rollout, "key-value cache": cache}, cache / response
+    engine = {**held, "engine weights": weights}
+    rollout = {**engine, "CUDA": CUDA_CONTEXT + ENGINE_SHARE * card}
+    rollout["policy"] *= not config.offload_policy
+    cache = max(response, min(card - sum(rollout.values()), cache))
+    return held, engine, {**rollout, "key-value cache": cache}, cache / response
 
 
 def unloaded_policy(config: Config, shape: PretrainedConfig) -> torch.nn.Module:
     """Make the policy on the meta device: every shape and type, no memory."""
-    dtype = getattr(torch, config.dtype if config.lora_rank > 0 else config.trained_weights)
+    dtype = stored_dtype(config, getattr(torch, config.dtype))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=config.trust_remote_code)
         return prepare_policy(model, config)
@@ -2152,7 +2151,7 @@ def changes_by_price(config: Config) -> list[Change]:
     longest = config.max_prompt_tokens + config.longest_response
     changes: list[Change] = [
         ({"offload_policy": True}, "copies to and from CPU memory, once a step"),
-        ({"gradient_checkpointing": True}, "a third more time in the update"),
+        ({"gradient_checkpointing": True}, "blocks are computed twice"),
         ({"tokens_per_micro_batch": longest}, "more rows"),
         ({"offload_activations": True}, "copies to and from CPU memory"),
         ({"mlp_chunk_tokens": 4096}, "MLPs are computed a third time"),
@@ -2234,6 +2233,33 @@ def run_plan(options: PlanOptions, config: Config, display: Display) -> None:
     for settings, price in fitting:
         flags = (f"--{name.replace('_', '-')}" + f" {value}" * (value is not True) for name, value in settings.items())
         display.note(f"  {' '.join(flags)}    ({price})")
+
+
+def show_step(config: Config, metrics: dict[str, float | None], display: Display) -> None:
+    """Print a step's row; on a GPU, after the second, the memory plan beside what the step took by then."""
+    display.row(metrics)
+    if display.rows == 2 and (device := resolve_device(config.device)).type == "cuda":
+        plan, card = plan_for(config, device)
+        names = {"rollout": "memory/rollout_gib", "backward": "memory/update_gib"}
+        measured = {phase: (metrics[name] or 0.0) * GIB for phase, name in names.items()}
+        if plan is not None:
+            show_plan(plan, card, display, measured)
+
+
+def plan_for(config: Config, device: torch.device) -> tuple[MemoryPlan | None, float]:
+    """Return the plan for a GPU, None for a model that has none, and the GPU's bytes."""
+    card = float(torch.cuda.mem_get_info(device)[1])
+    try:
+        return plan_memory(replace(config, engine="vllm" if uses_vllm(config) else "hf"), card, rank_count()), card
+    except ModelError:
+        return None, card
+
+
+def warn_if_too_large(config: Config, device: torch.device, display: Display) -> None:
+    plan, card = plan_for(config, device)
+    if plan is not None and plan.peak() > card:
+        display.note(f"warning: {plan.peak() / GIB:.1f} GiB are planned, there are {card / GIB:.1f}: for what fits ask "
+                     f"python train.py plan --gpu-memory {card / GIB:.1f} with the same options")
 
 
 def show_plan(plan: MemoryPlan, card: float, display: Display, measured: Mapping[str, float] | None = None) -> None:
