@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_rollouts
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -38,11 +39,20 @@ def measured_peak(config: Config, tokens: int) -> float:
     held = [*policy.parameters(), *(v for state in optimizer.state.values() for v in state.values())]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         train.update_policy(policy, optimizer, scaler, groups, 1.0, config)
-    taken = peak = 0
-    for event in sorted(found.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            taken += event.nbytes()
-            peak = max(peak, taken)
+    events, memory = list(found.profiler.kineto_results.experimental_event_tree()), []
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.tag == _EventType.Allocation:
+            memory.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    # Only what was allocated here counts when it is freed: for older memory the size may be that of another tensor.
+    live, peak = {}, 0
+    for _, pointer, size in sorted(memory, key=lambda entry: entry[0]):
+        if size > 0:
+            live[pointer] = size
+            peak = max(peak, sum(live.values()))
+        else:
+            live.pop(pointer, None)
     return peak + sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
