@@ -2,7 +2,8 @@
 
 What lives here: the types that the other modules pass around (`Problem`, `Rollout`, `Group`), the configuration
 (`Stage`, `Config`, `PRESETS`) and every mechanism of the recipe: rescue, substitution, advantages, the policy loss,
-the removal of mastered problems, plateaus, histograms of difficulty, zones of temperature, YaRN, diversity and pass@k.
+rewards for intermediate results, the removal of mastered problems, plateaus, histograms of difficulty, zones of
+temperature, YaRN, diversity and pass@k.
 What does not: reading, generating, grading, optimizing. Those modules call these functions; `train.py` calls them in
 the order of the algorithm.
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
@@ -63,6 +65,11 @@ class Rollout:
     def truncated(self) -> bool:
         return self.finish_reason == "length"
 
+    @property
+    def correct(self) -> bool:
+        """A reward below 1 is for effort: the problem is not solved."""
+        return self.reward >= 1.0
+
 
 @dataclass(slots=True)
 class Group:
@@ -75,12 +82,12 @@ class Group:
 
     @property
     def pass_rate(self) -> float:
-        return sum(rollout.reward for rollout in self.rollouts) / len(self.rollouts)
+        return sum(rollout.correct for rollout in self.rollouts) / len(self.rollouts)
 
     @property
     def informative(self) -> bool:
-        """Only a group with both right and wrong rollouts has advantages, and so a gradient."""
-        return 0.0 < self.pass_rate < 1.0
+        """Only a group whose rewards differ, by right and wrong rollouts, has advantages, and so a gradient."""
+        return len({rollout.reward for rollout in self.rollouts}) > 1
 
 
 # ------------------------------------------------------------- the configuration
@@ -134,6 +141,9 @@ class Common:
     """Seconds without a new token after which vLLM counts as hung, and the process saves what it has and ends."""
     require_think: bool = True
     """With a model whose chat template knows <think>, grade only what follows </think>. Source: release."""
+    reward: str | None = None
+    """A reward of your own, module:function, called as function(response, answer, problem) -> float; 1 or more counts
+    as solved. Default: is the boxed answer right?"""
     reward_workers: int = 2
     """Processes that check answers."""
     reward_timeout: float = 3.0
@@ -196,6 +206,12 @@ class Config(Common):
     """G, rollouts per problem. Source: release (8)."""
 
     # the mechanisms
+    process_reward: Literal["none", "core"] = "none"
+    """core: wrong responses earn up to 0.5 for intermediate results, in \\underline{}, that the problem's correct
+    responses have too. The prompt_suffix must ask for them. Source: Polaris V2."""
+    min_overlap: float = 0.0
+    """With process_reward core, problems leave at the end of a stage whose wrong responses had a smaller share of the
+    correct ones' intermediate results; 0 keeps all. Source: Polaris V2, at about step 300; its value is not known."""
     rescue: bool = True
     """A group with no correct rollout borrows one that this problem once had. Source: blog, Rollout Rescue."""
     rescue_ratio: Literal["on_policy", "stored"] = "on_policy"
@@ -369,6 +385,10 @@ def _check(config: Config) -> None:
          "with dtype float16 give float32")
     for name in ("offload_activations", "mlp_chunk_tokens"):
         need(config.gradient_checkpointing or not getattr(config, name), name, "it needs --gradient-checkpointing")
+    need(config.process_reward == "none" or r"\underline" in config.prompt_suffix, "prompt_suffix",
+         r"with process_reward core, let it ask for intermediate results: ... Put each of them in \underline{}.")
+    need(0 <= config.min_overlap <= 1, "min_overlap", "give a share from 0 (keeps all) to 1")
+    need(config.process_reward == "core" or config.min_overlap == 0, "min_overlap", "it needs --process-reward core")
     need(config.eval_every >= -1, "eval_every", "give steps, 0 (first and last only) or -1 (never)")
     need(config.eval_temperature is None or 0 < config.eval_temperature < math.inf, "eval_temperature",
          "give a value above 0")
@@ -380,6 +400,50 @@ def _check(config: Config) -> None:
 
 
 # ---------------------------------------------------------------- the mechanisms
+
+
+_UNDERLINED = re.compile(r"\\underline\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
+
+
+def intermediate_results(response: str) -> set[str]:
+    r"""Collect what a response underlines, without spaces and without names before an equals sign.
+
+    >>> sorted(intermediate_results(r"so \underline{x = 12} and $\underline{\frac{1}{2}}$"))
+    ['12', '\\frac{1}{2}']
+    """
+    found = (re.sub(r"\s|\$|\\[,;!]", "", text).rpartition("=")[2] for text in _UNDERLINED.findall(response))
+    return {result for result in found if result}
+
+
+def core_rewards(groups: Sequence[Group], consensus: MutableMapping[str, set[str]]) -> dict[str, float]:
+    """Let wrong rollouts earn min(0.5, overlap) for intermediate results that correct ones have: sets their rewards.
+
+    The consensus, updated in place, has for each problem id the set S of intermediate results of all its correct
+    rollouts so far; the overlap of a wrong rollout with results P is |P & S| / |S|.
+    Returns the mean overlap of the wrong rollouts, for each problem that has any and whose S is not empty.
+
+    Source: Polaris V2 (CORE). That S is a union over correct rollouts is our reading.
+    """
+    overlaps = {}
+    for group in groups:
+        shared = consensus.setdefault(group.problem.id, set())
+        shared.update(*(intermediate_results(rollout.text) for rollout in group.rollouts if rollout.correct))
+        wrong = [rollout for rollout in group.rollouts if not rollout.correct]
+        if not shared or not wrong:
+            continue
+        shares = [len(intermediate_results(rollout.text) & shared) / len(shared) for rollout in wrong]
+        overlaps[group.problem.id] = statistics.fmean(shares)
+        for rollout, share in zip(wrong, shares, strict=True):
+            rollout.reward = min(0.5, share)
+    return overlaps
+
+
+def differing(overlaps: Mapping[str, float], below: float) -> set[str]:
+    """Name the problems whose wrong rollouts share too little with the correct ones: the low-difference filter.
+
+    Source: Polaris V2.
+    """
+    return {problem_id for problem_id, overlap in overlaps.items() if overlap < below}
 
 
 def rescue(groups: Sequence[Group], sink: MutableMapping[str, Rollout], rng: random.Random) -> list[Group]:
@@ -394,7 +458,7 @@ def rescue(groups: Sequence[Group], sink: MutableMapping[str, Rollout], rng: ran
     """
     rescued_groups = []
     for group in groups:
-        correct = [rollout for rollout in group.rollouts if rollout.reward > 0]
+        correct = [rollout for rollout in group.rollouts if rollout.correct]
         if correct:
             sink[group.problem.id] = rng.choice(correct)
         elif group.problem.id in sink:
@@ -741,6 +805,10 @@ def _tour() -> None:
     batch = [group("a", [1, 0, 0, 0]), group("b", [0, 0, 0, 0]), group("c", [1, 1, 1, 1]), group("d", [1, 1, 0, 0])]
     sink = {"b": Rollout("b", (), [], [], "an old correct response", "stop", 1.0)}
     show("rewards", {g.problem.id: [r.reward for r in g.rollouts] for g in batch})
+    tried = group("a", [1, 0])
+    tried.rollouts[0].text, tried.rollouts[1].text = r"\underline{12} \underline{30}", r"\underline{12} \underline{31}"
+    core_rewards([tried], {})
+    show("core_rewards", "of a response with one of two intermediate results right:", tried.rollouts[1].reward)
     batch = rescue(batch, sink, rng)
     show("rescue", f"b -> {[r.text for r in batch[1].rollouts]}")
     batch = substitute(batch, rng)

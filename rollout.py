@@ -619,7 +619,7 @@ def sample_groups(
             problem = problems[i]
             groups[i] = Group(problem, [_rollout(problem, response, tokenizer) for response in responses])
             for rollout in groups[i].rollouts:
-                gradings.append((rollout, pool.submit((rollout.text, problem.answers, rollout.truncated))))
+                gradings.append((rollout, pool.submit((rollout.text, problem.answers, rollout.truncated), problem)))
     return [groups[i] for i in range(len(problems))], gradings
 
 
@@ -646,9 +646,9 @@ def set_rewards(gradings: Sequence[Grading]) -> None:
 
 
 def load_problems(settings: Common, source: str) -> list[Problem]:
-    """Load problems whose answers can be graded."""
-    return data.load_problems(source, check_answers=check_answer, skip_bad_rows=settings.skip_bad_rows,
-                              seed=settings.seed)
+    """Load problems whose answers can be graded; a reward of one's own reads them itself."""
+    check = (lambda answers: None) if settings.reward else check_answer
+    return data.load_problems(source, check_answers=check, skip_bad_rows=settings.skip_bad_rows, seed=settings.seed)
 
 
 def encode_prompts(
@@ -664,7 +664,7 @@ def encode_prompts(
 
 def reward_pool(settings: Common, tokenizer: PreTrainedTokenizerBase) -> RewardPool:
     return RewardPool(workers=settings.reward_workers, timeout=settings.reward_timeout,
-                      require_think=settings.require_think and data.thinks(tokenizer))
+                      require_think=settings.require_think and data.thinks(tokenizer), function=settings.reward)
 
 
 # -------------------------------------------------------------------------- evaluation
@@ -722,7 +722,7 @@ class Evaluation:
     def of(cls, measured: Sequence[Measured]) -> Evaluation:
         outcomes = [outcome for problem in measured for outcome in problem.outcomes]
         k = len(measured[0].outcomes)
-        correct = [sum(outcome.reward > 0 for outcome in problem.outcomes) for problem in measured]
+        correct = [sum(outcome.reward >= 1 for outcome in problem.outcomes) for problem in measured]
         average, interval = mean_and_interval([problem.pass_rate for problem in measured])
         return cls(
             problems=len(measured),
@@ -935,7 +935,8 @@ class Session:
             "model": self.model, "data": source, "rollouts": rollouts, "temperature": temperature,
             "top_p": options.top_p, "top_k": options.top_k, "max_response_tokens": options.max_response_tokens,
             "yarn": dict(yarn) if yarn else None, "prompt_suffix": options.prompt_suffix,
-            "prompt_examples": options.prompt_examples, "require_think": options.require_think, "seed": options.seed,
+            "prompt_examples": options.prompt_examples, "require_think": options.require_think,
+            "reward": options.reward, "seed": options.seed,
         }
         key = _key(settings)
         others = {other for other, _ in self._done} - {key}

@@ -69,9 +69,9 @@ from transformers.utils import logging as transformers_logging
 import data
 from data import DataError, ProblemSampler, Sink
 from polaris_mini import (
-    PRESETS, Common, Config, Group, Problem, Rollout, Stage, advantages, difficulty_histogram, icepop_ratio, mastered,
-    mean_and_interval, mean_distinct_n, pick_temperature, plateaued, policy_loss, rescue, substitute, temperature_grid,
-    truncated_ratio,
+    PRESETS, Common, Config, Group, Problem, Rollout, Stage, advantages, core_rewards, differing, difficulty_histogram,
+    icepop_ratio, mastered, mean_and_interval, mean_distinct_n, pick_temperature, plateaued, policy_loss, rescue,
+    substitute, temperature_grid, truncated_ratio,
 )
 from reward import RewardPool
 from rollout import (
@@ -112,6 +112,8 @@ def train(setup: Setup, config: Config, run: Run, display: Display, interrupt: I
         # 2. REWARD      1 if the boxed answer is right, else 0, graded since each group ended; raw scores are logged
         with clock("reward"), display.phase("reward"):
             set_rewards(gradings)
+            if config.process_reward == "core":
+                state.overlaps |= core_rewards(groups, state.consensus)
             run.log_rollouts(state.step + 1, groups)
 
         # 3. RESCUE      a group without a correct rollout borrows one that its problem once had
@@ -135,7 +137,7 @@ def train(setup: Setup, config: Config, run: Run, display: Display, interrupt: I
         state.sampler.advance(config.prompts_per_step)
         state.step += 1
         state.sink.commit(state.step)
-        state.rewards.append(statistics.fmean(group.pass_rate for group in groups))
+        state.rewards.append(mean_reward(groups))
         metrics = step_metrics(config, state, groups, batch, update, clock)
         try:
             if is_evaluation_step(config, state):
@@ -165,6 +167,10 @@ class State:
     """Sampling temperature of each stage so far."""
     rewards: list[float] = field(default_factory=list)
     """Mean reward of each step of the stage."""
+    consensus: dict[str, set[str]] = field(default_factory=dict)
+    """Intermediate results of each problem's correct responses, for process_reward core."""
+    overlaps: dict[str, float] = field(default_factory=dict)
+    """How much of them each problem's wrong responses last had."""
     diversity: float | None = None
     """distinct-4 of the policy at the first stage's temperature before training, for later `auto` temperatures."""
 
@@ -194,6 +200,7 @@ def enter_stage(setup: Setup, config: Config, run: Run, display: Display, interr
         return None
     if stage_is_over(config, state):
         gone = mastered(run.scores(state.stage_began + 1, state.step), config.mastered_above)
+        gone |= differing(state.overlaps, config.min_overlap)
         left = state.sampler.remove(gone, at_least=config.prompts_per_step)
         state.stage, state.stage_began, state.rewards = state.stage + 1, state.step, []
         if config.stages[state.stage - 1].reset_optimizer:
@@ -1304,7 +1311,7 @@ def save_checkpoint(setup: Setup, config: Config, run: Run) -> None:
     state.sink.prune(int(checkpoints[-config.keep_checkpoints :][0].name.removeprefix("step_")))
 
 
-SAVED_STATE = ("step", "stage", "stage_began", "temperatures", "rewards", "diversity")
+SAVED_STATE = ("step", "stage", "stage_began", "temperatures", "rewards", "consensus", "overlaps", "diversity")
 
 
 def restore(
@@ -1487,6 +1494,10 @@ class Interrupt:
             raise StepDropped
 
 
+def mean_reward(groups: Sequence[Group]) -> float:
+    return statistics.fmean(rollout.reward for group in groups for rollout in group.rollouts)
+
+
 def step_metrics(
     config: Config, state: State, groups: Sequence[Group], batch: Sequence[Group], update: Update, clock: Clock
 ) -> dict[str, float | None]:
@@ -1499,7 +1510,7 @@ def step_metrics(
     return {
         "step": state.step,
         "stage": state.stage,
-        "reward/mean": sum(rates) / len(rates),
+        "reward/mean": mean_reward(groups),
         "reward/solve_none": sum(rate == 0 for rate in rates) / len(rates),
         "reward/solve_all": sum(rate == 1 for rate in rates) / len(rates),
         "batch/informative": sum(group.informative for group in groups) / len(groups),

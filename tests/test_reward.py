@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reward
-from reward import Grade, RewardPool, check_answer, grade, last_boxed, plain_number
+from reward import Grade, RewardPool, boxed_answers, check_answer, grade, plain_number
 
 REPOSITORY = Path(__file__).parents[1]
 ASSETS = REPOSITORY.parent / "shared" / "assets"
@@ -210,15 +210,14 @@ def test_without_require_think_the_whole_response_counts() -> None:
     ],
 )
 def test_the_last_box_by_brace_matching(text: str, content: str | None) -> None:
-    assert last_boxed(text) == content
+    assert boxed_answers(text)[:1] == [content][: content is not None]
 
 
 @settings(database=None, deadline=None)
 @given(st.text(st.sampled_from("\\\\{}$[](),.+-1 2eé") | st.characters(), max_size=60))
 def test_any_text_is_read_without_an_error(text: str) -> None:
-    content = last_boxed(text + r"\boxed{1}" + text)
-    assert content is not None
-    assert last_boxed(r"\boxed{" + content + "}") == content
+    content = boxed_answers(text + r"\boxed{1}" + text)[0]
+    assert boxed_answers(r"\boxed{" + content + "}") == [content]
     plain_number(text)
     check_answer(text)
 
