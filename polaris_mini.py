@@ -402,7 +402,7 @@ def _check(config: Config) -> None:
 # ---------------------------------------------------------------- the mechanisms
 
 
-_UNDERLINED = re.compile(r"\\underline\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
+_UNDERLINED = re.compile(r"\\underline\s*+\{((?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+)\}")
 
 
 def intermediate_results(response: str) -> set[str]:

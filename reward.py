@@ -149,7 +149,7 @@ def _key(text: str) -> str:
     text = re.sub(r"\\(?:left|right|displaystyle)(?![A-Za-z])", "", text)
     text = re.sub(r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf)|mbox)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
-    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)  # 1 1/2 is not 11/2
+    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).rstrip(".")  # 1 1/2 is not 11/2
     return text.lower() if re.fullmatch(r"[A-Za-z'-]{3,}", text) else text  # Even is even, but X is not x
 
 
@@ -232,7 +232,8 @@ def _read_golds(answers: object) -> tuple[list[str], str]:
         if isinstance(answer, float) and math.isfinite(answer):
             answer = int(answer) if answer.is_integer() else f"{answer:.15g}"  # 0.30000000000000004 was 0.3
         text = str(answer)  # or a whole solution
-        text = normalize([text, *STATED.findall(text)[-1:], *boxed_answers(text)][-1])
+        text = [text, *STATED.findall(text)[-1:], *boxed_answers(text)][-1]
+        text = text if TOO_BIG.search(text.strip()) else normalize(text)
         if isinstance(answer, bool) or not isinstance(answer, str | int):
             fault = "is no text or finite number"
         elif not re.search(r"[^\W_]|[^\x00-\x7f]|\\\{", text):
@@ -261,7 +262,8 @@ def _decide(item: Item, require_think: bool) -> Grade | Comparison:
     if not golds:
         return Grade(0.0, "invalid_gold")
     final = after_think(response, require_think)
-    readings = [text for text in map(normalize, boxed_answers(final or "")) if text]
+    boxed = boxed_answers(final or "")
+    readings = [text for text in (text if TOO_BIG.search(text) else normalize(text) for text in boxed) if text]
     if not readings:
         return Grade(0.0, "truncated" if truncated else "no_think_end" if final is None else "no_answer")
     pairs = [(answer, gold) for answer in readings if not TOO_BIG.search(answer) for gold in golds]
@@ -278,7 +280,10 @@ class RewardPool(AbstractContextManager["RewardPool"]):
     """Grade many responses, with worker processes that no answer can hang.
 
     A worker starts when text and plain numbers do not decide, and stays until `close`. With `function`, as in
-    "module:function", workers call fn(response, answer, problem) -> float instead; with several answers, the best.
+    "module:function", workers call function(response, answer, problem) -> float instead; of several answers, the best
+    counts. What it raises ends the run, as a wrong reward would do worse.
+
+    Raises: ValueError. Grading: RuntimeError, if a worker does not start or a function of your own fails.
     """
 
     def __init__(
@@ -295,7 +300,11 @@ class RewardPool(AbstractContextManager["RewardPool"]):
         self._running: list[Any] = []  # the workers, Popen objects
         self._idle: list[Any] = [None] * workers  # a stack of those without work; None: yet to start
         if function:
-            self._idle[-1] = self._start()  # so that a name that does not exist is found now
+            try:
+                self._idle[-1] = self._start()  # so that a name that does not exist is found now
+            except RuntimeError as error:
+                self.close()
+                raise ValueError(f"reward is {function}: {error}: give module:function") from error
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
         """Return one grade for each (response, answers, truncated), in order."""
@@ -338,8 +347,8 @@ class RewardPool(AbstractContextManager["RewardPool"]):
         self._running.append(worker)
         reply = _reply(worker, 60)  # to import sympy takes half a second, more on a busy machine
         if reply != b'"ready"\n':
-            problem = json.loads(reply) if reply else f"`{' '.join(self._command)}` shows why"
-            raise RuntimeError(f"a reward worker did not start: {problem}")
+            shown = f"a reward worker did not start: `{' '.join(self._command)}` shows why"
+            raise RuntimeError(json.loads(reply) if reply else shown)
         return worker
 
     def _ask(self, task: list[Any], truncated: bool = False) -> Grade:
@@ -399,8 +408,7 @@ def _work(timeout: float, memory_gb: float, function: str | None = None) -> None
         try:
             work = _own_function(function)
         except Exception as error:  # whatever the user's module raises is for the user to read
-            reply(f"{function}: {type(error).__name__}: {error}"[:500])
-            return
+            return reply(f"{type(error).__name__}: {error}"[:500])
     else:
         import math_verify
 
@@ -415,12 +423,13 @@ def _work(timeout: float, memory_gb: float, function: str | None = None) -> None
         signal.setitimer(signal.ITIMER_REAL, timeout + 1)
         try:
             result: float | str = work(*json.loads(line))
-        except MemoryError:
-            return  # killed by its own answer, as by the clock
+        except (MemoryError, RecursionError):
+            return None  # ended by an answer, as by the clock
         except Exception as error:  # the run ends with it: a reward that fails must not pass for a reward of 0
             result = f"{type(error).__name__}: {error}"[:500]
         signal.setitimer(signal.ITIMER_REAL, 0)
         reply(result)
+    return None
 
 
 def _own_function(name: str) -> Callable[..., float]:

@@ -663,8 +663,11 @@ def encode_prompts(
 
 
 def reward_pool(settings: Common, tokenizer: PreTrainedTokenizerBase) -> RewardPool:
-    return RewardPool(workers=settings.reward_workers, timeout=settings.reward_timeout,
-                      require_think=settings.require_think and data.thinks(tokenizer), function=settings.reward)
+    try:
+        return RewardPool(workers=settings.reward_workers, timeout=settings.reward_timeout, function=settings.reward,
+                          require_think=settings.require_think and data.thinks(tokenizer))
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 # -------------------------------------------------------------------------- evaluation

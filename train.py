@@ -981,6 +981,7 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
     tokenizer: PreTrainedTokenizerBase = data.toy_tokenizer()
     if not toy:
         tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    pool = reward_pool(config, tokenizer)
     training = encode_prompts(config, training, tokenizer)
     evaluation = encode_prompts(config, evaluation, tokenizer) if evaluation else []
     if len(training) < config.prompts_per_step:
@@ -1017,7 +1018,7 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
     state_is_elsewhere = bool(optimizer.state) or config.offload_optimizer  # on the device already, or never
     engine = make_engine(policy, source, tokenizer, config, max_tokens=longest,
                          reserved_bytes=0 if state_is_elsewhere else optimizer_bytes(policy, config))
-    setup = Setup(tokenizer, policy, optimizer, scaler, engine, reward_pool(config, tokenizer), evaluation, state)
+    setup = Setup(tokenizer, policy, optimizer, scaler, engine, pool, evaluation, state)
     if warmup and checkpoint is None:
         warm_start(setup, warmup, config, display)
         if leads():

@@ -84,8 +84,10 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_train(environment):
-    def call(*arguments: object, script: str = "train.py") -> subprocess.CompletedProcess[str]:
+    def call(
+        *arguments: object, script: str = "train.py", cwd: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
 
     return call

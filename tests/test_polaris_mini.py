@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from polaris_mini import (
-    PRESETS, Config, Group, Problem, Rollout, Stage, Zones, advantages, difficulty_histogram, distinct_n,
-    histogram_verdict, mastered, mean_and_interval, mean_distinct_n, pass_at_k, pick_temperature, plateaued,
-    policy_loss, rescue, substitute, temperature_grid, temperature_zones, truncated_ratio, yarn_config,
+    PRESETS, Config, Group, Problem, Rollout, Stage, Zones, advantages, core_rewards, differing, difficulty_histogram,
+    distinct_n, histogram_verdict, intermediate_results, mastered, mean_and_interval, mean_distinct_n, pass_at_k,
+    pick_temperature, plateaued, policy_loss, rescue, substitute, temperature_grid, temperature_zones, truncated_ratio,
+    yarn_config,
 )
 
 
@@ -24,6 +25,55 @@ def group(name: str, rewards: list[float]) -> Group:
 
 def with_pass_rate(name: str, rate: float) -> Group:
     return group(name, [1.0] * round(4 * rate) + [0.0] * (4 - round(4 * rate)))
+
+
+# ---------------------------------------------------- rewards below 1, CORE
+
+
+def test_a_reward_below_1_counts_as_unsolved_but_makes_a_group_informative():
+    partly = group("a", [0.5, 0.0, 0.0, 0.0])
+    assert (partly.pass_rate, partly.informative) == (0.0, True)
+    assert (group("a", [1.0, 0.5]).pass_rate, group("a", [0.5, 0.5]).informative) == (0.5, False)
+    sink: dict[str, Rollout] = {}
+    rescue([partly], sink, random.Random(0))
+    assert sink == {}  # a response that earned something for effort rescues nobody
+
+
+@pytest.mark.parametrize(("text", "results"), [
+    (r"first \underline{12}, then $\underline{ x + y = 30 }$", {"12", "30"}),
+    (r"\underline{\frac{1}{2^{10}}} and \underline {\{1, 2\}}", {r"\frac{1}{2^{10}}", r"\{1,2\}"}),
+    (r"\underline{} \underline{12 and nothing closes it", set()),
+    ("", set()),
+])  # fmt: skip
+def test_intermediate_results_are_what_is_underlined(text, results):
+    assert intermediate_results(text) == results
+
+
+def with_texts(name: str, **texts: float) -> Group:
+    """a_b=1.0 is a correct response that underlines a and b."""
+    made = group(name, list(texts.values()))
+    for rollout, text in zip(made.rollouts, texts, strict=True):
+        rollout.text = "".join(rf"\underline{{{part}}}" for part in text.split("_"))
+    return made
+
+
+def test_core_rewards_pay_for_results_of_correct_responses():
+    """Source: Polaris V2: min(0.5, |P & S| / |S|), S grows online, correct responses keep their 1."""
+    consensus: dict[str, set[str]] = {"b": {"p", "q"}}
+    batch = [
+        with_texts("a", u_v=1.0, w_u_x_y=1.0, u=0.0, u_v_w_z=0.0, z=0.0),  # S = u v w x y
+        with_texts("b", p=0.0, q_p=0.0, r=0.0),  # none correct now, but before
+        with_texts("c", p_q=0.0),  # never correct: nothing to compare with
+        with_texts("d", p=1.0, q=1.0),
+    ]
+    overlaps = core_rewards(batch, consensus)
+    assert [r.reward for r in batch[0].rollouts] == [1.0, 1.0, 0.2, 0.5, 0.0]  # three of five are capped
+    assert [r.reward for r in batch[1].rollouts] == [0.5, 0.5, 0.0]
+    assert [r.reward for r in batch[2].rollouts] == [0.0]
+    assert overlaps == {"a": pytest.approx(0.8 / 3), "b": 0.5}
+    assert consensus == {"a": set("uvwxy"), "b": {"p", "q"}, "c": set(), "d": {"p", "q"}}
+    assert differing(overlaps, below=0.5) == {"a"}
+    assert differing(overlaps, below=0.0) == set()
 
 
 # ------------------------------------------------------------------ advantages

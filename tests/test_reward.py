@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reward
+from polaris_mini import Problem
 from reward import Grade, RewardPool, boxed_answers, check_answer, grade, plain_number
 
 REPOSITORY = Path(__file__).parents[1]
@@ -109,6 +110,34 @@ def test_equal_text_and_numbers_need_no_worker(answer: str, gold: Any) -> None:
 @pytest.mark.parametrize(
     ("answer", "gold"),
     [
+        ("1,22", "1.22"),
+        ("0.111", "0,111"),
+        ("6.667", "6.67"),
+        ("4.4677e14", r"4.47 \times 10^{14}"),
+        ("monday", r"\text{Monday}"),
+        (r"\left( 1, \dfrac{1}{2} \right)", r"(1,\frac{1}{2})"),
+        (r"3\text{ cm}.", r"3 \mathrm{~cm}"),
+        ("$19", r"\$19"),
+        ("€ 1,000.99", "1000.99"),
+        (r"10:30\text{ a.m.}", "10:30 a.m."),
+    ],
+)
+def test_what_differs_in_writing_only_needs_no_worker(answer: str, gold: str) -> None:
+    with RewardPool() as fresh:
+        assert fresh.grade([(boxed(answer), gold, False)]) == [Grade(1.0, "correct")]
+        assert fresh._running == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("6.66", "6.67"),
+        ("6.7", "6.67"),
+        ("0.46", "0.5"),
+        ("0.496", "0.50"),
+        ("141.96", "142.0"),
+        ("99.6", "100"),
+        ("1.3351e-27", r"1.325 \times 10^{-27}"),
         ("205", "204"),
         ("2040", "204"),
         ("10000000001", "10000000000"),
@@ -138,6 +167,30 @@ def test_unequal_numbers_need_no_worker(answer: str, gold: Any) -> None:
         ("84, 69", "$69$,$84$", True),
         (r"[0, 1) \cup (2, 3)", r"(2,3)\cup[0,1)", True),
         (r"\frac{\pi}{4}", "\\[\n\\boxed{\\frac{\\pi}{4}}\n\\]", True),
+        ("5²", "25", True),
+        ("½", r"\frac12", True),
+        ("2√3", r"2\sqrt{3}", True),
+        ("√10", r"\sqrt{10}", True),
+        ("√(x+1)", r"\sqrt{x+1}", True),
+        ("90°", r"90^\circ", True),
+        ("x ∈ [0, ∞)", r"[0, \infty)", True),
+        ("３·５", "15", True),
+        ("x₁ + x₂", "x_1 + x_2", True),
+        (r"136.\overline{1}", r"\frac{1225}{9}", True),
+        (r"-0.1\overline{6}", r"-\frac{1}{6}", True),
+        (r"0.\overline{3}", "0.333", True),
+        (r"\frac{1}{29,322,216}", r"\frac{1}{29322216}", True),
+        (r"x \ge 2", r"[2, \infty)", True),
+        (r"\frac{100}{3}\%", r"33\frac{1}{3}\%", True),
+        (r"\frac{20}{3}", "6.67", True),
+        (r"\frac{20}{3}", "6.66", False),
+        (r"4\sqrt{10}", "12.649", True),
+        (r"4\sqrt{10}", "12.65", True),
+        (r"\frac{1}{2}", "0.46", False),
+        ("6.67", r"\frac{20}{3}", False),
+        ("1 1/2", "11/2", False),
+        ("12", "1,2", False),
+        ("X", "x^2", False),
         ("y^2 + 1", ["x^2 + 1", "y^2+1"], True),
         ("x^2-y^2=1", "x^2+y^2=1", False),
         (r"\frac{1}{2}", r"\frac{1}{3}", False),
@@ -183,6 +236,40 @@ def test_a_bare_gold_in_any_form_equals_itself(pool: RewardPool) -> None:
 def test_only_a_closed_box_after_the_thought_counts(response: str, truncated: bool, reason: str) -> None:
     graded = grade(response, "4", require_think=True, truncated=truncated)
     assert graded == Grade(float(reason == "correct"), reason)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("response", "gold", "right"),
+    [
+        (r"$\boxed{2}$ and $\boxed{3}$", "2, 3", True),
+        (r"$$\boxed{(2, 2)} \quad \text{and} \quad \boxed{(6, 2)}$$", "(2, 2), (6, 2)", True),
+        (r"\boxed{k = 45}, \boxed{n = 2}", "k = 45, n = 2", True),
+        (r"\boxed{1}\boxed{2}", r"\{1, 2\}", True),
+        (r"\boxed{1} and \boxed{2} and \boxed{3}", r"\boxed{3}, \boxed{2}, \boxed{1}", True),
+        (r"\boxed{2} and \boxed{3}", "3", True),  # the last box alone is an answer, as ever
+        (r"\boxed{2} and \boxed{3}", "2", False),
+        (r"\boxed{2}. Then 5, so \boxed{3}", "2, 3", False),
+        (r"\boxed{2} is what we found for the first of the two numbers, and \boxed{3}", "2, 3", False),
+        (r"\boxed{255} is interest. The final answer is $10,455$. I hope it is correct.", "10455", True),
+        (r"\boxed{255} is interest. The final answer is $10,455$. I hope it is correct.", "255", False),
+        (r"The final answer is $10,455$.", "10455", False),
+    ],
+)
+def test_boxes_of_one_answer_and_a_stated_answer(response: str, gold: str, right: bool) -> None:
+    assert grade(response, gold, require_think=False).reward == right
+
+
+CONNECTORS = [", ", "; ", " and ", " or ", r" \text{ or } ", r" \lor ", r" \mid ", " | ", r" \to ", r"\\", "/", " ",
+              r" \quad ", r"\boxed{}", " (", ":", r" \pm ", "}, \\boxed{", "} or \\boxed{", " not "]  # fmt: skip
+
+
+def test_naming_several_answers_is_right_for_one_of_them_at_most(pool: RewardPool) -> None:
+    """Or a policy would learn to list what might be right."""
+    pairs = [("3", "4"), (r"\frac{1}{2}", r"\frac{3}{4}"), ("x+1", "y"), ("A", "B"), (r"\sqrt{2}", "7")]
+    items = [(boxed(a + connector + b), gold, False) for connector in CONNECTORS for a, b in pairs for gold in (a, b)]
+    grades = pool.grade(items)
+    for first, second, item in zip(grades[::2], grades[1::2], items[::2], strict=True):
+        assert first.reward + second.reward <= 1, item
 
 
 def test_without_require_think_the_whole_response_counts() -> None:
@@ -414,6 +501,76 @@ def test_bad_settings_are_refused() -> None:
             RewardPool(**{name: value})  # type: ignore[arg-type]
 
 
+# A reward of one's own
+
+
+def module(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str) -> None:
+    (folder / f"{name}.py").write_text(code)
+    monkeypatch.chdir(folder)
+
+
+def test_countdown_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (REPOSITORY / "README.md").read_text().partition("```python\n# countdown.py")[2].partition("```")[0]
+    module(tmp_path, monkeypatch, "countdown", code)
+    answer = '{"numbers": [3, 5, 8], "target": 19}'
+    responses = {
+        r"</think> \boxed{3 * (5 + 8) - 20}": 0.0,  # 20 is not among the numbers
+        r"</think> \boxed{8 + 3 * 5}": 0.0,
+        r"</think> \boxed{8 * 3 - 5}": 1.0,
+        r"</think> \boxed{8 - 5 * -3}": 0.0,
+        r"</think> \boxed{8 / (5 - 5) + 3}": 0.0,
+        r"</think> \boxed{__import__('os').getcwd()}": 0.0,
+        r"</think> \boxed{9**9**9}": 0.0,
+        "\\boxed{8 * 3 - 5\x00}": 0.0,
+        "\\boxed{\ud800}": 0.0,
+        "nothing": 0.0,
+        r"\boxed{" + "(" * 300 + "8 * 3 - 5" + ")" * 300 + "}": 0.0,
+    }
+    with RewardPool(function="countdown:score") as pool:
+        grades = pool.grade([(response, answer, False) for response in responses])
+    assert [g.reward for g in grades] == [float(value) for value in responses.values()]
+
+
+def test_own_reward_gets_the_problem_and_keeps_its_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module(tmp_path, monkeypatch, "mine", """
+import time
+def score(response, answer, problem):
+    if response == "hang": time.sleep(60)
+    if response == "fill": x = "x" * 10**11
+    if response == "print": print("1.0")
+    if response == "deep": score(response, answer, problem)
+    return len(problem.text) + float(answer)
+""")
+    problem = Problem("7", "abc", ("0.25", "0.5"), prompt_tokens=(1, 2))
+    with RewardPool(workers=2, timeout=2.0, function="mine:score") as pool:
+        futures = [pool.submit((text, problem.answers, text == "cut"), problem)
+                   for text in ("fine", "hang", "fill", "print", "deep", "cut", "fine")]
+        grades = [future.result() for future in futures]
+        fine = Grade(3.5, "correct")  # of several answers the best counts
+        assert grades == [fine, Grade(0, "timeout"), Grade(0, "timeout"), fine, Grade(0, "timeout"), fine, fine]
+        with pytest.raises(RuntimeError, match="reward mine:score: AttributeError: 'NoneType' object"):
+            pool.submit(("fine", "1", False)).result()
+        assert pool.submit(("fine", "1", False), problem).result() == Grade(4.0, "correct")
+        assert pool.submit(("fine", "-3", True), problem).result() == Grade(0.0, "truncated")
+        assert pool.submit(("fine", "-2.5", True), problem).result() == Grade(0.5, "wrong")
+        with pytest.raises(RuntimeError, match="returned nan"):
+            pool.submit(("fine", "nan", False), problem).result()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("nowhere:score", "No module named 'nowhere'"), ("mine:scores", "has no attribute 'scores'"),
+     ("mine", "give module:function"), ("broken:score", "SyntaxError")],
+)  # fmt: skip
+def test_own_reward_that_cannot_be_loaded_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    module(tmp_path, monkeypatch, "mine", "def score(response, answer, problem): return 1\n")
+    (tmp_path / "broken.py").write_text("def score(:\n")
+    with pytest.raises(ValueError, match=f"reward is {name}: .*{message}"):
+        RewardPool(function=name)
+
+
 # The command
 
 
@@ -481,14 +638,26 @@ def test_the_command_refuses_bad_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("verifier_cases.jsonl", 97), ("verifier_real_outputs.jsonl", 396)]
+    ("name", "least"), [("verifier_cases.jsonl", 105), ("verifier_real_outputs.jsonl", 396)]
 )
-def test_agreement_with_judged_answers(pool: RewardPool, name: str, least: int) -> None:
+def test_agreement_with_judged_answers(name: str, least: int) -> None:
     if not (ASSETS / name).exists():
         pytest.skip(f"no {name} beside the repository")
     rows = [json.loads(line) for line in (ASSETS / name).read_text().splitlines()]
-    grades = pool.grade([("</think>" + row["prediction"], row["gold"], False) for row in rows])
+    with RewardPool(timeout=10, require_think=False) as pool:
+        grades = pool.grade([(row["prediction"], row["gold"], False) for row in rows])
     agreed = [g.reward == row["expected_equal"] for g, row in zip(grades, rows, strict=True)]
-    # Plain math-verify with both sides boxed agrees on 97 of 106 and 396 of 396.
+    # Plain math-verify agrees on 102 of 106. The one left is a wrong label: 1 - 1/e is not 1 + 1/e.
     assert sum(agreed) >= least
     assert all(g.reason != "timeout" for g in grades)
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"), [(r"\dfrac{1}{2}", "0.5"), ("x=5", "5"), (r"28\%", "28"), ("(1,2)", "(1, 3)")]
+)
+def test_deepscaler_rules_are_as_published(answer: str, gold: str) -> None:
+    """They are only measured against; docs/reward.md says how they were compared with the published code."""
+    pytest.importorskip("pylatexenc", reason="not among the requirements: see tests/benchmark_reward.py")
+    from deepscaler_rules import equal
+
+    assert equal(answer, gold) == (gold != "(1, 3)")

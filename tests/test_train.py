@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import train
-from polaris_mini import PRESETS, Config
+from polaris_mini import PRESETS, Config, Problem
 from rollout import load_model
 
 SMALL = ["--warmup-steps", "30", "--prompts-per-step", "8", "--group-size", "4", "--max-response-tokens", "40",
@@ -395,6 +395,9 @@ def test_parquet_in_verl_layout_trains(base_model, run_train, tmp_path):
         (["--model", "MODEL", "--data", "SUMS", "--eval-problems", "8"], "prompts_per_step is 128, but there are 52"),
         (["--model", "MODEL", "--data", "SUMS", "--prompts-per-step", "8", "--eval-problems", "8",
           "--max-prompt-tokens", "3"], "--max-prompt-tokens"),
+        (["--reward", "nowhere:score"], "reward is nowhere:score: ModuleNotFoundError: No module named 'nowhere'"),
+        (["--process-reward", "core"], "let it ask for intermediate results"),
+        (["--min-overlap", "0.5"], "min_overlap is 0.5: it needs --process-reward core"),
         (["--device", "cuda:99x"], "device is cuda:99x"),
         (["--data", "FOLDER/words.jsonl", "--eval-problems", "1"], "the toy model reads sums only"),
         (["--device", "mps"], "only cpu and cuda are supported"),
@@ -436,6 +439,43 @@ def test_bad_input_ends_in_one_line(options, expected, base_model, sums, finishe
     assert ended.value.code == 2, shown
     assert expected in shown
     assert sorted(tmp_path.iterdir()) == before  # a corrected command may use the same --run-dir
+
+
+DIGITS = '''
+def score(response, answer, problem):
+    assert problem.text and problem.id and answer in problem.answers
+    digits = response.rpartition("{")[2].partition("}")[0]
+    return sum(a == b for a, b in zip(digits, answer)) / max(len(digits), len(answer))
+'''
+
+
+def test_reward_of_ones_own_trains_the_toy(run_train, tmp_path):
+    (tmp_path / "digits.py").write_text(DIGITS)
+    result = run_train(*SMALL, "--run-dir", "run", "--steps", "3", "--eval-every", "-1", "--reward", "digits:score",
+                       "--no-substitute", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    scope: dict[str, object] = {}
+    exec(DIGITS, scope)
+    rollouts = lines(tmp_path / "run" / "rollouts.jsonl")
+    for line in rollouts:
+        problem = Problem(line["id"], "text", tuple(line["answer"]))
+        assert line["reward"] == scope["score"](line["response"], line["answer"][0], problem)
+        assert (line["reason"] == "correct") == (line["reward"] == 1)
+    assert len({line["reward"] for line in rollouts}) > 2  # some are partly right
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    assert all(step["optim/grad_norm"] > 0 for step in metrics)
+    first = [line["reward"] for line in rollouts if line["step"] == 1]
+    assert metrics[0]["reward/mean"] == pytest.approx(sum(first) / len(first))
+
+
+def test_process_reward_is_saved_and_without_underlines_changes_nothing(finished, run_train, tmp_path):
+    core = ["--process-reward", "core", "--min-overlap", "0.5", "--prompt-suffix", r"\underline{}"]
+    run = tmp_path / "core"
+    assert run_train(*SMALL, "--steps", 2, "--run-dir", run, *core).returncode == 0
+    assert run_train("--resume", run, "--steps", STEPS).returncode == 0
+    assert_same_training(finished, run, STEPS)
+    saved = torch.load(run / "checkpoints" / f"step_{STEPS:06d}" / "trainer_state.pt", weights_only=True)
+    assert set(saved["consensus"]) == {line["id"] for line in lines(run / "rollouts.jsonl")}
 
 
 def test_bad_input_in_a_process_of_its_own(run_train):
