@@ -422,7 +422,8 @@ def core_rewards(groups: Sequence[Group], consensus: MutableMapping[str, set[str
     rollouts so far; the overlap of a wrong rollout with results P is |P & S| / |S|.
     Returns the mean overlap of the wrong rollouts, for each problem that has any and whose S is not empty.
 
-    Source: Polaris V2 (CORE). That S is a union over correct rollouts is our reading.
+    Source: Polaris V2 (CORE). That S is a union over correct rollouts is our reading. Nothing is lost by underlining
+    too much: see in the rollouts that a policy does not come to it.
     """
     overlaps = {}
     for group in groups:
@@ -434,7 +435,7 @@ def core_rewards(groups: Sequence[Group], consensus: MutableMapping[str, set[str
         shares = [len(intermediate_results(rollout.text) & shared) / len(shared) for rollout in wrong]
         overlaps[group.problem.id] = statistics.fmean(shares)
         for rollout, share in zip(wrong, shares, strict=True):
-            rollout.reward = min(0.5, share)
+            rollout.reward = max(rollout.reward, min(0.5, share))
     return overlaps
 
 

@@ -21,9 +21,9 @@ import math
 import os
 import re
 import resource
-import select
 import signal
 import sys
+import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -47,12 +47,18 @@ Comparison = list[tuple[str, str]]  # answers with ground truths, where only mat
 # Over 500 characters, or 11 brackets opened in a row: beyond lies what costs the parser seconds. Of 58,000
 # answers in the usual math sets the longest but one has 253 characters, and none is nested over 6 deep.
 TOO_BIG = re.compile(r"(?s).{501}|(?:[({[][^](){}[]*){11}")
-# What stands between two boxes of one answer: nothing, or a comma, a semicolon, "and" or "or", but no end of sentence.
-BETWEEN_BOXES = re.compile(r"\s*|(?=.*(?:[,;]|\b(?:and|or)\b))[^.?!:\n]{0,40}")
-STATED = re.compile(r"(?i)final answer is:?\s*\$([^$]+)\$")
-SYMBOLS = {"−": "-", "–": "-", "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "÷": r"\div ", "∞": r"\infty ",
-           "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "°": r"^\circ ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
-           "∅": r"\emptyset ", "±": r"\pm ", "√": r"\sqrt ", "π": r"\pi ", "′": "'"}  # fmt: skip
+# What may stand between two boxes of one answer: punctuation on the same lines, or some words with "and" or "or".
+BETWEEN_BOXES = re.compile(
+    r"(?!\s*\n\s*\n)(?:[\s,;$]|\\[()\[\]]|\\q?quad)*+"
+    r"|(?=.*\b(?:and|or)\b)(?!.*\b(?:so|thus|hence|then|therefore|not?|but|wait)\b)[^.?!:\n]{0,40}"
+)
+STATED = re.compile(r"(?i)final answer is:?\s*\$(?=[^$]*[^\s$])((?:[^$\n.]|\.(?!\s))+)\$")
+SYMBOLS = str.maketrans({
+    "−": "-", "–": "-", "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "÷": r"\div ", "∞": r"\infty ", "≤": r"\le ",
+    "≥": r"\ge ", "≠": r"\ne ", "°": r"^\circ ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
+    "±": r"\pm ", "√": r"\sqrt ", "π": r"\pi ", "′": "'", "ℝ": r"\mathbb{R}", "ℕ": r"\mathbb{N}", "ℤ": r"\mathbb{Z}",
+    "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,33 +95,32 @@ def _boxes(text: str) -> list[tuple[int, int, int]]:
     return found
 
 
-def boxed_answers(text: str) -> list[str]:
-    r"""Return what the last complete `\boxed{...}` holds, then, if boxes before it are of one answer with it, all.
+def boxed_answer(text: str) -> str | None:
+    r"""Return what the last complete `\boxed{...}` holds, together with the boxes just before it that go with it.
 
-    >>> boxed_answers(r"$x = \boxed{2}$ or $x = \boxed{3}$"), boxed_answers(r"\boxed{2}. No: \boxed{\frac{1}{3}}")
-    (['3', '2, 3'], ['\\frac{1}{3}'])
+    >>> boxed_answer(r"$x = \boxed{2}$ or $x = \boxed{3}$"), boxed_answer(r"\boxed{2}? No: \boxed{\frac{1}{3}}")
+    ('2, 3', '\\frac{1}{3}')
 
     Where "the final answer is $...$" follows the last box, as models of the Minerva format write, that is the answer.
     """
     boxes = _boxes(text)
     if boxes and (stated := STATED.findall(text, boxes[-1][2])):
-        return stated[-1:]
+        return str(stated[-1])
     answer = [text[start:end] for _, start, end in boxes[-1:]]
     for (_, start, end), (following, _, _) in reversed(list(pairwise(boxes[-10:]))):
         if not BETWEEN_BOXES.fullmatch(text, end + 1, following):
             break
         answer.insert(0, text[start:end])
-    return [*answer[-1:], ", ".join(answer)][: len(answer)]
+    return ", ".join(dict.fromkeys(answer)) if answer else None  # the same box twice is one answer
 
 
 def _unicode_to_latex(text: str) -> str:
     parts = []
-    for kind, characters in groupby(text, lambda c: unicodedata.decomposition(c).partition(" ")[0]):
+    for kind, characters in groupby(text.translate(SYMBOLS), lambda c: unicodedata.decomposition(c).partition(" ")[0]):
         plain = unicodedata.normalize("NFKC", "".join(characters))
         if kind in ("<super>", "<sub>"):
             plain = f"{'^' if kind == '<super>' else '_'}{{{plain}}}"
-        plain = re.sub("([0-9]+)\N{FRACTION SLASH}([0-9]+)", r"\\frac{\1}{\2}", plain)
-        parts.append("".join(SYMBOLS.get(character, character) for character in plain))
+        parts.append(re.sub("([0-9]+)\N{FRACTION SLASH}([0-9]+)", r"\\frac{\1}{\2}", plain))
     return "".join(parts)
 
 
@@ -134,9 +139,11 @@ def normalize(text: str) -> str:
     text = re.sub(r"\\?[$€£¥]|(?<!\\)\\[()\[\]]", "", text)
     text = text if text.isascii() else _unicode_to_latex(text)
     text = re.sub(r"(?<=\d)(?:,\\!|\\!,?|\{,\})\s*(?=\d{3}(?!\d))", "", text)
-    text = re.sub(r"(?<=[c}])\{\d{1,3}(?:,\d{3})+\}", lambda match: match[0].replace(",", ""), text)  # \frac{1,000}{3}
+    text = re.sub(r"(?<=[ct}])\{\d{1,3}(?:,\d{3})+\}", lambda match: match[0].replace(",", ""), text)  # \frac{1,000}{3}
     text = re.sub(r"(?<!\\)\\[,;:! ]|~|\\q?quad\b", " ", text)
-    text = re.sub(r"\\sqrt\s*(?:\(([^()]*)\)|(\d{2,}))", r"\\sqrt{\1\2}", text)
+    text = re.sub(r"\\sqrt\s*(?:\(([^()]*)\)|(\d[\d.]*\d))", r"\\sqrt{\1\2}", text)
+    text = re.sub(r"\\(?:[bB]igg?[lrm]?|displaystyle)(?![A-Za-z])|(?<=\\\\)\[\d+\w*\]", "", text)
+    text = text.replace(r"\degree", r"^\circ").replace(r"\varnothing", r"\emptyset")
     text = re.sub(r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar)\s*\{(\d{1,20})\}", _repeating, text)
     return re.sub(r"(?<!\\right)[\s.,;:]+$", "", text.strip())
 
@@ -144,11 +151,13 @@ def normalize(text: str) -> str:
 # Two answers
 
 
+def _plain_font(text: str) -> str:
+    return re.sub(r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf)|mbox)\s*\{([^{}]*)\}", r"\1", text)
+
+
 def _key(text: str) -> str:
     """Return what two ways to write an answer have in common, apart from spaces, size and font."""
-    text = re.sub(r"\\(?:left|right|displaystyle)(?![A-Za-z])", "", text)
-    text = re.sub(r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf)|mbox)\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\[dtc]frac", r"\\frac", text)
+    text = re.sub(r"\\[dtc]frac", r"\\frac", _plain_font(re.sub(r"\\(?:left|right)(?![A-Za-z])", "", text)))
     text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).rstrip(".")  # 1 1/2 is not 11/2
     return text.lower() if re.fullmatch(r"[A-Za-z'-]{3,}", text) else text  # Even is even, but X is not x
 
@@ -174,16 +183,26 @@ def plain_number(text: str) -> Decimal | None:
 def rounds_to(value: Decimal, gold: str) -> bool:
     """Tell whether a number is the ground truth once it is rounded to the ground truth's digits.
 
-    Only a ground truth with a fraction or a power of ten, and three or more digits, can have been rounded.
+    Rounded can only be a ground truth of three or more digits, at least two of them behind the point or with a power of
+    ten, that is no multiple of 1/8: 0.375 and 12.5 are exact.
 
-    >>> rounds_to(Decimal(20) / 3, "6.67"), rounds_to(Decimal("0.46"), "0.5"), rounds_to(Decimal("141.96"), "142.0")
+    >>> rounds_to(Decimal(20) / 3, "6.67"), rounds_to(Decimal("0.374"), "0.375"), rounds_to(Decimal("12.46"), "12.5")
     (True, False, False)
     """
     number = plain_number(gold)
     if number is None or len(number.as_tuple().digits) < 3:
         return False
     exponent = int(number.as_tuple().exponent)
-    return (exponent > 0 or number != int(number)) and abs(value - number) <= Decimal(5).scaleb(exponent - 1)
+    rounded = exponent > 0 or (exponent < -1 and 8 * number != int(8 * number))
+    return rounded and abs(value - number) <= Decimal(5).scaleb(exponent - 1)
+
+
+def _names_several(text: str) -> bool:
+    """Tell whether an answer lists several, outside of brackets."""
+    text, inner = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", _plain_font(text)), ""
+    while text != inner:
+        inner, text = text, re.sub(r"\([^()]*\)|\[[^][]*\]|\{[^{}]*\}", "", text)
+    return bool(re.search(r"[,;]|\b(?:and|or)\b", text))
 
 
 def same_text(answer: str, gold: str) -> bool | None:
@@ -198,9 +217,24 @@ def same_text(answer: str, gold: str) -> bool | None:
     if value is not None and number is not None:
         more_digits = int(value.as_tuple().exponent) < int(number.as_tuple().exponent)
         return value == number or (more_digits and rounds_to(value, gold))
-    number = number if value is None else value
+    amounts = {plain_number(text.rstrip(r" \%")) for text in (answer, gold)}  # math-verify has 12\% as 12, not 12.5\%
     comma = re.fullmatch(r"-?[0-9]+,[0-9]+", answer if value is None else gold)  # 2,5 is two numbers, or 2.5
-    return True if comma and number == Decimal(comma[0].replace(",", ".")) else None
+    if (len(amounts) == 1 and None not in amounts) or (
+        comma and (number if value is None else value) == Decimal(comma[0].replace(",", "."))
+    ):
+        return True
+    # What math-verify would let pass: "3 cm, 4 cm" for 3, "1, 2, ..." for 1, 2, and BADC for ABCD, a product.
+    one_gold = not re.search(r"[,;<>&]|\\(?:pm|mp|cup|[lg]eq?|[lg]t|mid)(?![a-z])|\b(?:and|or)\b", gold)
+    dots = [bool(re.search(r"\\[lc]?dots|\.\.\.", text)) for text in (answer, gold)]
+    letters = all(re.fullmatch(r"[A-Z]{3,}", _plain_font(text)) for text in (answer, gold))
+    return False if (one_gold and _names_several(answer)) or dots[0] != dots[1] or letters else None
+
+
+def _decimal(parsed: list[Any]) -> Decimal | None:
+    with suppress(ArithmeticError, ValueError, TypeError):  # too large, or a limit that sympy cannot take
+        if parsed and getattr(parsed[0], "is_number", False) and parsed[0].is_real:
+            return Decimal(str(parsed[0].evalf(20)))
+    return None
 
 
 def same_mathematics(answer: str, gold: str) -> bool:
@@ -212,14 +246,13 @@ def same_mathematics(answer: str, gold: str) -> bool:
     # Both sides in a box: bare text goes by worse rules. Only LaTeX: the reader of bare arithmetic ends in Python's
     # eval. No time-outs, which it would report as False.
     target, truth = (parse(rf"\boxed{{{t}}}", [LatexExtractionConfig()], parsing_timeout=None) for t in (answer, gold))
-    if verify(truth, target, timeout_seconds=None, allow_set_relation_comp=True):
-        return True
-    value: Any = target[0] if target else None
-    if plain_number(gold) is None or not getattr(value, "is_number", False) or not value.is_real:
-        return False
-    with suppress(ArithmeticError, ValueError, TypeError, RecursionError):  # too large, or a limit that sympy lacks
-        return rounds_to(Decimal(str(value.evalf(20))), gold)
-    return False
+    equal = bool(verify(truth, target, timeout_seconds=None, allow_set_relation_comp=True))
+    if "." not in answer + gold or "%" in answer + gold:
+        return equal
+    value, number = _decimal(target), _decimal(truth)
+    if equal and value is not None and number is not None:  # in six places, where 0.0 is 10^{-8}
+        return abs(value - number) <= abs(number) / 10_000
+    return equal or (value is not None and rounds_to(value, gold))
 
 
 # The ground truth
@@ -232,7 +265,8 @@ def _read_golds(answers: object) -> tuple[list[str], str]:
         if isinstance(answer, float) and math.isfinite(answer):
             answer = int(answer) if answer.is_integer() else f"{answer:.15g}"  # 0.30000000000000004 was 0.3
         text = str(answer)  # or a whole solution
-        text = [text, *STATED.findall(text)[-1:], *boxed_answers(text)][-1]
+        boxed = boxed_answer(text)
+        text = [text, *STATED.findall(text)][-1] if boxed is None else boxed
         text = text if TOO_BIG.search(text.strip()) else normalize(text)
         if isinstance(answer, bool) or not isinstance(answer, str | int):
             fault = "is no text or finite number"
@@ -262,15 +296,16 @@ def _decide(item: Item, require_think: bool) -> Grade | Comparison:
     if not golds:
         return Grade(0.0, "invalid_gold")
     final = after_think(response, require_think)
-    boxed = boxed_answers(final or "")
-    readings = [text for text in (text if TOO_BIG.search(text) else normalize(text) for text in boxed) if text]
-    if not readings:
+    answer = boxed_answer(final or "") or ""
+    too_big = TOO_BIG.search(answer)
+    answer = answer if too_big else normalize(answer)
+    if not answer:
         return Grade(0.0, "truncated" if truncated else "no_think_end" if final is None else "no_answer")
-    pairs = [(answer, gold) for answer in readings if not TOO_BIG.search(answer) for gold in golds]
-    verdicts = [same_text(*pair) for pair in pairs]
-    if True in verdicts:
+    verdicts = {gold: False if too_big else same_text(answer, gold) for gold in golds}
+    if True in verdicts.values():
         return Grade(1.0, "correct")
-    return [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is None] or Grade(0.0, "wrong")
+    undecided = [(answer, gold) for gold, verdict in verdicts.items() if verdict is None]
+    return undecided or Grade(0.0, "wrong")
 
 
 # Worker processes
@@ -296,6 +331,7 @@ class RewardPool(AbstractContextManager["RewardPool"]):
         self.timeout, self.require_think, self.function = timeout, require_think, function
         self._command = [sys.executable, os.path.abspath(__file__), "--worker", str(timeout), str(memory_gb)]
         self._command += [function] if function else []
+        self._closed = False
         self._threads = ThreadPoolExecutor(workers)  # each waits for one worker
         self._running: list[Any] = []  # the workers, Popen objects
         self._idle: list[Any] = [None] * workers  # a stack of those without work; None: yet to start
@@ -330,56 +366,84 @@ class RewardPool(AbstractContextManager["RewardPool"]):
 
     def close(self) -> None:
         """End the workers; what they are comparing is dropped."""
+        self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in list(self._running):
-            worker.kill()  # so that the thread that waits for it returns
+            _kill(worker)  # so that the thread that waits for it returns
         self._threads.shutdown()
         with suppress(IndexError):
             while True:
-                _stop(self._running.pop())
+                self._stop(self._running[-1])
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self) -> Any:
+    def _start(self, again: bool = True) -> Any:
         # Not multiprocessing, which would import torch again. In its own session, out of reach of Ctrl-C.
         worker = Popen(self._command, stdin=PIPE, stdout=PIPE, text=True, start_new_session=True)
         self._running.append(worker)
-        reply = _reply(worker, 60)  # to import sympy takes half a second, more on a busy machine
-        if reply != b'"ready"\n':
-            shown = f"a reward worker did not start: `{' '.join(self._command)}` shows why"
-            raise RuntimeError(json.loads(reply) if reply else shown)
-        return worker
+        reply, _ = _talk(worker, "", 60)  # to import sympy takes half a second, more on a busy machine
+        if reply == '"ready"\n':
+            return worker
+        self._stop(worker)
+        if worker.returncode < 0 and again and not self._closed:  # killed by someone else
+            return self._start(again=False)
+        shown = f"a reward worker did not start: `{' '.join(self._command)}` shows why"
+        raise RuntimeError(json.loads(reply) if reply else shown)
+
+    def _stop(self, worker: Any) -> None:
+        _kill(worker)
+        worker.wait()
+        for pipe in (worker.stdin, worker.stdout):
+            with suppress(BrokenPipeError):  # of a task that was not read to its end
+                pipe.close()
+        self._running.remove(worker)
 
     def _ask(self, task: list[Any], truncated: bool = False) -> Grade:
-        worker = self._idle.pop()
-        if worker is None or worker.poll() is not None:  # or it has died
-            worker = self._start()
-        with suppress(BrokenPipeError):  # it died this moment, as the empty reply will say
-            print(json.dumps(task), file=worker.stdin, flush=True)
-        reply = _reply(worker, self.timeout)
-        if not reply:
-            _stop(worker)
-            self._running.remove(worker)
-        self._idle.append(worker)
-        if not reply:
-            return Grade(0.0, "timeout")
+        line, worker = json.dumps(task) + "\n", self._idle.pop()
+        try:
+            for again in (True, False):
+                if worker is None or worker.poll() is not None:  # or it has died
+                    worker = None
+                    worker = self._start()
+                reply, late = _talk(worker, line, self.timeout)
+                if reply:
+                    break
+                self._stop(worker)
+                killed, worker = worker.returncode < 0 and not late, None  # by someone else: once more
+                if not (killed and again) or self._closed:
+                    return Grade(0.0, "timeout")
+        finally:
+            self._idle.append(worker)
         reward = json.loads(reply)
         if isinstance(reward, str):
             raise RuntimeError(f"reward {self.function}: {reward}")
         return Grade(reward, "correct" if reward >= 1 else "truncated" if truncated and reward <= 0 else "wrong")
 
 
-def _reply(worker: Any, seconds: float) -> bytes:
-    """Return a worker's reply, one short line; nothing if it died or is late."""
-    poll = select.poll()
-    poll.register(worker.stdout, select.POLLIN)
-    return os.read(worker.stdout.fileno(), 4096) if poll.poll(1000 * seconds) else b""
+def _talk(worker: Any, line: str, seconds: float) -> tuple[str, bool]:
+    """Send a worker a line; return its reply, nothing if it died, and whether it was killed for being late."""
+    late = threading.Event()
+
+    def expire() -> None:
+        late.set()
+        _kill(worker)
+
+    clock = threading.Timer(seconds, expire)
+    clock.start()
+    try:
+        with suppress(BrokenPipeError):  # it died this moment, as the empty reply will say
+            worker.stdin.write(line)
+            worker.stdin.flush()
+        return worker.stdout.readline(), late.is_set()
+    finally:
+        clock.cancel()
 
 
-def _stop(worker: Any) -> None:
-    worker.kill()
-    worker.communicate()  # wait for it and close its pipes
+def _kill(worker: Any) -> None:
+    if worker.returncode is None:  # else its number may be another's
+        with suppress(ProcessLookupError):
+            os.killpg(worker.pid, signal.SIGKILL)  # with what it may have started
 
 
 def grade(response: str, answers: Answers, *, require_think: bool, truncated: bool = False) -> Grade:
@@ -398,17 +462,18 @@ def _work(timeout: float, memory_gb: float, function: str | None = None) -> None
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when the parent is gone
     cap, hard = int(memory_gb * 2**30), resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (cap if hard < 0 else min(cap, hard), hard))
-    replies = os.dup(1)
-    os.dup2(2, 1)  # what a library prints must not pass for a reply
+    tasks, replies = os.fdopen(os.dup(0)), os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what a library reads is no task
+    os.dup2(2, 1)  # and what it prints is no reply
 
     def reply(result: float | str) -> None:
-        os.write(replies, json.dumps(result).encode()[:4000] + b"\n")  # so short that a pipe takes it at once
+        os.write(replies, json.dumps(result).encode() + b"\n")  # under 4,096 bytes, which a pipe takes at once
 
     if function:
         try:
             work = _own_function(function)
-        except Exception as error:  # whatever the user's module raises is for the user to read
-            return reply(f"{type(error).__name__}: {error}"[:500])
+        except (Exception, SystemExit) as error:  # whatever the user's module raises is for the user to read
+            return reply(f"{type(error).__name__}: {error}"[:300])
     else:
         import math_verify
 
@@ -418,15 +483,18 @@ def _work(timeout: float, memory_gb: float, function: str | None = None) -> None
             return float(any(same_mathematics(*pair) for pair in pairs))
 
     reply("ready")
-    for line in sys.stdin:
+    for line in tasks:
         # The parent holds the clock; this alarm, deadly even inside C code, is for a worker without a parent.
         signal.setitimer(signal.ITIMER_REAL, timeout + 1)
         try:
             result: float | str = work(*json.loads(line))
         except (MemoryError, RecursionError):
             return None  # ended by an answer, as by the clock
-        except Exception as error:  # the run ends with it: a reward that fails must not pass for a reward of 0
-            result = f"{type(error).__name__}: {error}"[:500]
+        except (Exception, SystemExit) as error:  # it ends the run: a reward that fails must not pass for 0
+            result = f"{type(error).__name__}: {error}"[:300]
+            if not function:  # but that sympy fails on a strange answer only says that it is not right
+                print(f"reward: {result} in the comparison of {line[:200]}", file=sys.stderr)
+                result = 0.0
         signal.setitimer(signal.ITIMER_REAL, 0)
         reply(result)
     return None

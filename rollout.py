@@ -683,6 +683,10 @@ class Outcome:
     truncated: bool
     text: str
 
+    @property
+    def correct(self) -> bool:
+        return self.reward >= 1.0
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -725,7 +729,7 @@ class Evaluation:
     def of(cls, measured: Sequence[Measured]) -> Evaluation:
         outcomes = [outcome for problem in measured for outcome in problem.outcomes]
         k = len(measured[0].outcomes)
-        correct = [sum(outcome.reward >= 1 for outcome in problem.outcomes) for problem in measured]
+        correct = [sum(outcome.correct for outcome in problem.outcomes) for problem in measured]
         average, interval = mean_and_interval([problem.pass_rate for problem in measured])
         return cls(
             problems=len(measured),
@@ -757,15 +761,15 @@ def by_length(measured: Sequence[Measured], bounds: Sequence[int]) -> list[tuple
     outcomes = [outcome for problem in measured for outcome in problem.outcomes]
     buckets = []
     for above, up_to in zip([-1, *bounds], [*bounds, math.inf], strict=True):
-        rewards = [outcome.reward for outcome in outcomes if above < outcome.tokens <= up_to]
-        buckets.append((statistics.fmean(rewards) if rewards else math.nan, len(rewards)))
+        correct = [outcome.correct for outcome in outcomes if above < outcome.tokens <= up_to]
+        buckets.append((statistics.fmean(correct) if correct else math.nan, len(correct)))
     return buckets
 
 
 def by_limit(measured: Sequence[Measured], limits: Sequence[int]) -> list[float]:
     """Return the accuracy if responses had been cut at each limit of tokens. Source: blog, accuracy by context."""
     outcomes = [outcome for problem in measured for outcome in problem.outcomes]
-    return [statistics.fmean(o.reward if o.tokens <= limit else 0.0 for o in outcomes) for limit in limits]
+    return [statistics.fmean(o.correct and o.tokens <= limit for o in outcomes) for limit in limits]
 
 
 # --------------------------------------------------------------------- temperature probe

@@ -200,12 +200,13 @@ def enter_stage(setup: Setup, config: Config, run: Run, display: Display, interr
         return None
     if stage_is_over(config, state):
         gone = mastered(run.scores(state.stage_began + 1, state.step), config.mastered_above)
-        gone |= differing(state.overlaps, config.min_overlap)
-        left = state.sampler.remove(gone, at_least=config.prompts_per_step)
+        far, state.overlaps = differing(state.overlaps, config.min_overlap), {}
+        left = state.sampler.remove(gone | far, at_least=config.prompts_per_step)
         state.stage, state.stage_began, state.rewards = state.stage + 1, state.step, []
         if config.stages[state.stage - 1].reset_optimizer:
             reset_optimizer(setup)
-        display.note(f"stage {state.stage}: {len(gone)} problems are mastered and "
+        display.note(f"stage {state.stage}: {len(gone)} problems are mastered "
+                     + (f"and {len(far)} differ too much, they " if config.min_overlap else "and ")
                      + (f"leave, {len(state.sampler)} stay" if left else "stay: too few would be left for a batch"))
     stage = config.stages[state.stage - 1]
     if len(state.temperatures) < state.stage:
@@ -1312,7 +1313,7 @@ def save_checkpoint(setup: Setup, config: Config, run: Run) -> None:
     state.sink.prune(int(checkpoints[-config.keep_checkpoints :][0].name.removeprefix("step_")))
 
 
-SAVED_STATE = ("step", "stage", "stage_began", "temperatures", "rewards", "consensus", "overlaps", "diversity")
+SAVED_STATE = {"step", "stage", "stage_began", "temperatures", "rewards", "consensus", "overlaps", "diversity"}
 
 
 def restore(
@@ -1320,7 +1321,7 @@ def restore(
 ) -> None:
     """Set trainer state and optimizer to what the checkpoint holds; random numbers follow from seed and step."""
     saved = torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True)
-    for name in SAVED_STATE:
+    for name in SAVED_STATE & saved.keys():  # without some if an earlier version wrote it
         setattr(state, name, saved[name])
     load_optimizer(optimizer, saved["optimizer"], config)
     if scaler.is_enabled() and saved["scaler"]:

@@ -25,11 +25,11 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from reward import Grade, RewardPool, boxed_answers, normalize, same_text
+from reward import Grade, RewardPool, boxed_answer, normalize, same_text
 
 HANG = 10.0  # seconds
 CLASSES = {  # of a case, by what its ground truth and its answer contain; the first that fits
-    "several boxes": r"\\boxed.*\\boxed",
+    "several boxes": r"\\boxed",
     "matrices": r"matrix|\{array\}",
     "percentages": r"%|percent|pct",
     "degrees": r"\\circ|°|degree",
@@ -131,10 +131,9 @@ class Ours:
 
 
 def class_of(row: dict[str, Any]) -> str:
-    boxes = boxed_answers(row["prediction"])
-    if "multi_boxed" in (row.get("prediction_kind"), row.get("gold_kind")) or len(boxes) > 1:
+    if "multi_boxed" in (row.get("prediction_kind"), row.get("gold_kind")):
         return "several boxes"
-    gold, answer = (boxed_answers(row["gold"]) or [row["gold"]])[0], (boxes or [""])[0]
+    gold, answer = boxed_answer(row["gold"]) or row["gold"], boxed_answer(row["prediction"]) or ""
     return next(name for name, pattern in CLASSES.items()
                 if any(re.search(pattern, text, re.S) for text in (gold, answer)))
 
@@ -170,7 +169,7 @@ def agreement(files: Sequence[Path]) -> None:
         for row, (verdict, _), fine in zip(rows, results["ours"], right["ours"], strict=True):
             if not fine:
                 print(f"ours: {verdict}, expected: {row['expected_equal']}; gold {row['gold'][:100]!r}, answer",
-                      repr(boxed_answers(row["prediction"])), row.get("source", ""))  # fmt: skip
+                      repr(boxed_answer(row["prediction"])), row.get("source", ""))  # fmt: skip
     print("\nhostile answers against the gold 1 + sqrt(x)\n")
     show_times({name: [grade(r"1+\sqrt{x}", rf"\boxed{{{answer}}}") for answer in HOSTILE]
                 for name, grade in graders.items()})  # fmt: skip

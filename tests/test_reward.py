@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 
 import reward
 from polaris_mini import Problem
-from reward import Grade, RewardPool, boxed_answers, check_answer, grade, plain_number
+from reward import (
+    Grade, RewardPool, boxed_answer, check_answer, grade, normalize, plain_number, same_mathematics, same_text,
+)
 
 REPOSITORY = Path(__file__).parents[1]
 ASSETS = REPOSITORY.parent / "shared" / "assets"
@@ -184,6 +186,26 @@ def test_unequal_numbers_need_no_worker(answer: str, gold: Any) -> None:
         (r"\frac{100}{3}\%", r"33\frac{1}{3}\%", True),
         (r"\frac{20}{3}", "6.67", True),
         (r"\frac{20}{3}", "6.66", False),
+        ("12.46", "12.5", False),
+        (r"\frac{1}{8.02}", "0.125", False),
+        ("0.0", r"\frac{1}{29322216}", False),
+        ("0.000000", "10^{-8}", False),
+        (r"3 \text{ m}, 4 \text{ m}", "3", False),
+        (r"1,234\text{ m}", "1234", True),
+        ("ABCD", "BADC", False),
+        ("xy", "yx", True),
+        (r"1, 2, \ldots", "1, 2", False),
+        ("x = 3, y = 4", "(3, 4)", True),
+        ("ℝ", r"\mathbb{R}", True),
+        (r"12.5\%", "12.5", True),
+        (r"12.5\%", "0.125", True),
+        (r"50\%", "50", True),
+        (r"\begin{pmatrix} 1 \\[2pt] 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", True),
+        (r"\emptyset", r"\varnothing", True),
+        ("√12.5", r"\sqrt{12.5}", True),
+        (r"30\degree", r"30^\circ", True),
+        (r"\sqrt{1,000}", r"10\sqrt{10}", True),
+        (r"\bigl(1, 2\bigr)", "(1, 2)", True),
         (r"4\sqrt{10}", "12.649", True),
         (r"4\sqrt{10}", "12.65", True),
         (r"\frac{1}{2}", "0.46", False),
@@ -246,13 +268,23 @@ def test_only_a_closed_box_after_the_thought_counts(response: str, truncated: bo
         (r"\boxed{k = 45}, \boxed{n = 2}", "k = 45, n = 2", True),
         (r"\boxed{1}\boxed{2}", r"\{1, 2\}", True),
         (r"\boxed{1} and \boxed{2} and \boxed{3}", r"\boxed{3}, \boxed{2}, \boxed{1}", True),
-        (r"\boxed{2} and \boxed{3}", "3", True),  # the last box alone is an answer, as ever
+        (r"$y_1 = \boxed{2}$ and $y_2 = \boxed{3}$", "2, 3", True),
+        (r"\boxed{2} and \boxed{3}", "3", False),  # or boxing several guesses would pay
         (r"\boxed{2} and \boxed{3}", "2", False),
+        (r"\boxed{3\text{ cm}} or \boxed{4\text{ cm}}", "3", False),
+        (r"\boxed{3\text{ cm}} or \boxed{4\text{ cm}}", "4", False),
+        (r"\boxed{2}, not \boxed{3}", "2, 3", False),
+        (r"\boxed{2} and so \boxed{3}", "3", True),
+        ("\\boxed{3}\n\n\\boxed{4}", "4", True),
+        (r"\boxed{3}, that is \boxed{3}", "3", True),
+        (r"\boxed{3}, \boxed{3}", "3", True),
         (r"\boxed{2}. Then 5, so \boxed{3}", "2, 3", False),
         (r"\boxed{2} is what we found for the first of the two numbers, and \boxed{3}", "2, 3", False),
         (r"\boxed{255} is interest. The final answer is $10,455$. I hope it is correct.", "10455", True),
         (r"\boxed{255} is interest. The final answer is $10,455$. I hope it is correct.", "255", False),
         (r"The final answer is $10,455$.", "10455", False),
+        (r"\boxed{42}. The final answer is $42. She paid $8 more.", "42", True),
+        (r"\boxed{42}. The final answer is $ $", "42", True),
     ],
 )
 def test_boxes_of_one_answer_and_a_stated_answer(response: str, gold: str, right: bool) -> None:
@@ -297,14 +329,15 @@ def test_without_require_think_the_whole_response_counts() -> None:
     ],
 )
 def test_the_last_box_by_brace_matching(text: str, content: str | None) -> None:
-    assert boxed_answers(text)[:1] == [content][: content is not None]
+    assert boxed_answer(text) == content
 
 
 @settings(database=None, deadline=None)
 @given(st.text(st.sampled_from("\\\\{}$[](),.+-1 2eé") | st.characters(), max_size=60))
 def test_any_text_is_read_without_an_error(text: str) -> None:
-    content = boxed_answers(text + r"\boxed{1}" + text)[0]
-    assert boxed_answers(r"\boxed{" + content + "}") == [content]
+    content = boxed_answer(text + r". \boxed{1}" + text)
+    assert content is not None
+    assert boxed_answer(r"\boxed{" + content + "}") == content
     plain_number(text)
     check_answer(text)
 
@@ -327,15 +360,21 @@ def test_unusable_ground_truths_are_named() -> None:
     assert [check_answer(answer) for answer in usable] == [None] * len(usable)
 
 
-def test_math_verify_agrees_with_the_fast_path(pool: RewardPool) -> None:
+def test_the_fast_path_agrees_with_math_verify() -> None:
+    """On plain numbers in every form but powers of ten, which math-verify misreads, and on text that is the same."""
     chance = random.Random(0)
-    numbers = [chance.choice([1, -1]) * chance.randrange(10 ** chance.randrange(1, 8)) for _ in range(40)]
-    pairs = [(a, b) for a in numbers[:20] for b in (a, a + 1, -a, chance.choice(numbers))]
-    fast = [grade(boxed(f"{a:,}"), b, require_think=True) for a, b in pairs]
-    # \text{ } makes the answer no plain number, so that only math-verify can decide.
-    slow = pool.grade([(boxed(rf"{a}\text{{ m}}"), b, False) for a, b in pairs])
-    assert fast == slow
-    assert {g.reason for g in fast} == {"correct", "wrong"}
+
+    def written(value: int) -> str:
+        forms = [f"{value}", f"{value:,}", f"{value}.0", f"{value:+d}", f"{value}.", f"{value:,}.50", f"{value:,}$"]
+        return normalize(chance.choice(forms))
+
+    values = [chance.choice([1, -1]) * chance.randrange(10 ** chance.randrange(1, 9)) for _ in range(100)]
+    pairs = [(written(a), written(b)) for a in values for b in (a, a, a + 1, -a, chance.choice(values))]
+    fast = [same_text(answer, gold) for answer, gold in pairs]
+    assert fast == [same_mathematics(answer, gold) for answer, gold in pairs]
+    assert 100 < sum(map(bool, fast)) < 400
+    same = [r"\frac{1}{2}", "x^2+1", "[0,1)", r"\{1,2\}", r"\begin{pmatrix}1\\2\end{pmatrix}", r"\text{Even}", "(1,2)"]
+    assert all(same_text(text, text) and same_mathematics(text, text) for text in same)
 
 
 # Hostile answers
@@ -363,6 +402,10 @@ HOSTILE = [
     (r"\text{\input{/etc/passwd}}", "x"),
     ("1\n1\n", "x"),
     ("½²√２", "x"),
+    ("9^{9^9}", "6.67"),
+    (r"\sum_{k=1}^{\infty} (-1)^k", "6.67"),
+    (r"\sqrt{-2}", "6.67"),
+    (r"\frac{1}{0}", "6.67"),
     ("%s %d {0}", "x"),
 ]
 
@@ -407,12 +450,55 @@ def test_memory_is_capped() -> None:
 def test_a_killed_worker_loses_only_its_own_grade() -> None:
     items = [(boxed(f"x + {n}"), f"{n} + x", False) for n in range(30)]
     items[10] = (boxed(TOWER), "x", False)
-    with RewardPool(workers=1, timeout=20.0) as pool:
+    with RewardPool(workers=1, timeout=8.0) as pool:
         killer = threading.Timer(4.0, lambda: os.kill(pool._running[0].pid, signal.SIGKILL))
         killer.start()
-        grades = pool.grade(items)  # the worker has long reached the tower when it is killed
+        grades = pool.grade(items)  # the worker has long reached the tower when it is killed, and then tries it again
         killer.join()
     assert [g.reason for g in grades] == ["correct"] * 10 + ["timeout"] + ["correct"] * 19
+
+
+def test_workers_killed_at_random_lose_and_repeat_nothing() -> None:
+    chance = random.Random(0)
+    stop = threading.Event()
+    items = [(boxed(f"x + {n}"), f"{n + n % 2} + x", False) for n in range(300)]
+    with RewardPool(workers=2, timeout=30.0) as pool:
+
+        def kill_now_and_then() -> None:
+            while not stop.wait(chance.uniform(0.5, 1.5)):  # also while one is starting
+                for worker in list(pool._running)[-1:]:
+                    os.kill(worker.pid, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill_now_and_then)
+        killer.start()
+        grades = pool.grade(items)
+        stop.set()
+        killer.join()
+        assert pool.grade(items[:4]) == grades[:4]
+    # One that was killed twice is given up.
+    wrong = [n for n, g in enumerate(grades) if g.reward != (n % 2 == 0)]
+    assert all(grades[n].reason == "timeout" for n in wrong)
+    assert len(wrong) <= 3
+
+
+def test_what_a_reward_starts_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module(tmp_path, monkeypatch, "forks", """
+import os, subprocess, sys, time
+def score(response, answer, problem):
+    if response == "leave": sys.exit("no")
+    if response == "read": return len(sys.stdin.read())
+    child = subprocess.Popen(["sleep", "600"])
+    open("child", "w").write(str(child.pid))
+    if os.fork() == 0: time.sleep(600)
+    time.sleep(600)
+""")
+    started = time.monotonic()
+    with RewardPool(workers=1, timeout=1.0, function="forks:score") as pool:
+        assert pool.grade([("fork", "", False), ("read", "", False)]) == [Grade(0, "timeout"), Grade(0, "wrong")]
+        with pytest.raises(RuntimeError, match="SystemExit: no"):
+            pool.submit(("leave", "", False)).result()
+    assert time.monotonic() - started < 15
+    assert is_gone(int((tmp_path / "child").read_text()))
 
 
 def test_a_worker_killed_while_idle_costs_nothing() -> None:
@@ -518,6 +604,7 @@ def test_countdown_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         r"</think> \boxed{8 + 3 * 5}": 0.0,
         r"</think> \boxed{8 * 3 - 5}": 1.0,
         r"</think> \boxed{8 - 5 * -3}": 0.0,
+        r"<think> \boxed{8 * 3 - 5} </think> none": 0.0,
         r"</think> \boxed{8 / (5 - 5) + 3}": 0.0,
         r"</think> \boxed{__import__('os').getcwd()}": 0.0,
         r"</think> \boxed{9**9**9}": 0.0,
@@ -528,7 +615,9 @@ def test_countdown_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     }
     with RewardPool(function="countdown:score") as pool:
         grades = pool.grade([(response, answer, False) for response in responses])
-    assert [g.reward for g in grades] == [float(value) for value in responses.values()]
+        exact = (r"\boxed{8 / (3 - 8 / 3)}", '{"numbers": [3, 3, 8, 8], "target": 24}', False)
+        assert [g.reward for g in pool.grade([exact])] == [1.0]  # which floats miss
+    assert [g.reward for g in grades] == list(responses.values())
 
 
 def test_own_reward_gets_the_problem_and_keeps_its_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -553,6 +642,8 @@ def score(response, answer, problem):
         assert pool.submit(("fine", "1", False), problem).result() == Grade(4.0, "correct")
         assert pool.submit(("fine", "-3", True), problem).result() == Grade(0.0, "truncated")
         assert pool.submit(("fine", "-2.5", True), problem).result() == Grade(0.5, "wrong")
+        with pytest.raises(RuntimeError, match="could not convert string to float"):
+            pool.submit(("fine", "\N{GRINNING FACE}" * 1000, False), problem).result()
         with pytest.raises(RuntimeError, match="returned nan"):
             pool.submit(("fine", "nan", False), problem).result()
 
