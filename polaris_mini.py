@@ -86,7 +86,7 @@ class Group:
 
     @property
     def informative(self) -> bool:
-        """Only a group whose rewards differ, by right and wrong rollouts, has advantages, and so a gradient."""
+        """Only where rewards differ, as those of right and wrong rollouts, are there advantages, and so a gradient."""
         return len({rollout.reward for rollout in self.rollouts}) > 1
 
 
@@ -406,13 +406,16 @@ _UNDERLINED = re.compile(r"\\underline\s*+\{((?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\}
 
 
 def intermediate_results(response: str) -> set[str]:
-    r"""Collect what a response underlines, without spaces and without names before an equals sign.
+    r"""Collect what a response underlines, without spaces and without a name before an equals sign.
 
     >>> sorted(intermediate_results(r"so \underline{x = 12} and $\underline{\frac{1}{2}}$"))
     ['12', '\\frac{1}{2}']
     """
-    found = (re.sub(r"\s|\$|\\[,;!]", "", text).rpartition("=")[2] for text in _UNDERLINED.findall(response))
-    return {result for result in found if result}
+    found = set()
+    for text in _UNDERLINED.findall(response):
+        text = re.sub(r"\s|\$|\\[,;!]|(?<=\d),(?=\d{3}(?!\d))", "", text).replace("dfrac", "frac").rstrip(".,;")
+        found.add(re.sub(r"^[A-Za-z](?:_\w|_\{\w+\})?=", "", text))
+    return found - {""}
 
 
 def core_rewards(groups: Sequence[Group], consensus: MutableMapping[str, set[str]]) -> dict[str, float]:
@@ -422,8 +425,8 @@ def core_rewards(groups: Sequence[Group], consensus: MutableMapping[str, set[str
     rollouts so far; the overlap of a wrong rollout with results P is |P & S| / |S|.
     Returns the mean overlap of the wrong rollouts, for each problem that has any and whose S is not empty.
 
-    Source: Polaris V2 (CORE). That S is a union over correct rollouts is our reading. Nothing is lost by underlining
-    too much: see in the rollouts that a policy does not come to it.
+    Source: Polaris V2 (CORE). That S is a union over correct rollouts is our reading. A response that underlines many
+    wrong results besides loses nothing by it.
     """
     overlaps = {}
     for group in groups:
@@ -439,10 +442,10 @@ def core_rewards(groups: Sequence[Group], consensus: MutableMapping[str, set[str
     return overlaps
 
 
-def differing(overlaps: Mapping[str, float], below: float) -> set[str]:
-    """Name the problems whose wrong rollouts share too little with the correct ones: the low-difference filter.
+def low_overlap(overlaps: Mapping[str, float], below: float) -> set[str]:
+    """Name the problems whose wrong rollouts share too little with the correct ones.
 
-    Source: Polaris V2.
+    Source: Polaris V2 (low-difference filter).
     """
     return {problem_id for problem_id, overlap in overlaps.items() if overlap < below}
 

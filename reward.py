@@ -24,12 +24,13 @@ import resource
 import signal
 import sys
 import threading
+import traceback
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from decimal import Decimal
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -59,6 +60,10 @@ SYMBOLS = str.maketrans({
     "±": r"\pm ", "√": r"\sqrt ", "π": r"\pi ", "′": "'", "ℝ": r"\mathbb{R}", "ℕ": r"\mathbb{N}", "ℤ": r"\mathbb{Z}",
     "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
 })  # fmt: skip
+
+
+class RewardError(RuntimeError):
+    """Workers that do not start, or a reward function of your own that cannot be loaded or fails."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +210,16 @@ def _names_several(text: str) -> bool:
     return bool(re.search(r"[,;]|\b(?:and|or)\b", text))
 
 
+def _same_amount(answer: str, gold: str) -> bool:
+    """Compare where one may have a percent sign that the other lacks, or a decimal comma for its point: 2,5 is 2.5."""
+    for one, other in ((answer, gold), (gold, answer)):
+        number = plain_number(other)
+        comma = re.fullmatch(r"-?[0-9]+,[0-9]+", one) and one.replace(",", ".")
+        if number is not None and number in (plain_number(one.rstrip(r" \%")), plain_number(comma or "")):
+            return True
+    return False
+
+
 def same_text(answer: str, gold: str) -> bool | None:
     """Compare two normalized answers as text and as plain numbers; None: only math-verify can.
 
@@ -217,11 +232,7 @@ def same_text(answer: str, gold: str) -> bool | None:
     if value is not None and number is not None:
         more_digits = int(value.as_tuple().exponent) < int(number.as_tuple().exponent)
         return value == number or (more_digits and rounds_to(value, gold))
-    amounts = {plain_number(text.rstrip(r" \%")) for text in (answer, gold)}  # math-verify has 12\% as 12, not 12.5\%
-    comma = re.fullmatch(r"-?[0-9]+,[0-9]+", answer if value is None else gold)  # 2,5 is two numbers, or 2.5
-    if (len(amounts) == 1 and None not in amounts) or (
-        comma and (number if value is None else value) == Decimal(comma[0].replace(",", "."))
-    ):
+    if _same_amount(answer, gold):
         return True
     # What math-verify would let pass: "3 cm, 4 cm" for 3, "1, 2, ..." for 1, 2, and BADC for ABCD, a product.
     one_gold = not re.search(r"[,;<>&]|\\(?:pm|mp|cup|[lg]eq?|[lg]t|mid)(?![a-z])|\b(?:and|or)\b", gold)
@@ -297,11 +308,12 @@ def _decide(item: Item, require_think: bool) -> Grade | Comparison:
         return Grade(0.0, "invalid_gold")
     final = after_think(response, require_think)
     answer = boxed_answer(final or "") or ""
-    too_big = TOO_BIG.search(answer)
-    answer = answer if too_big else normalize(answer)
+    if TOO_BIG.search(answer):
+        return Grade(0.0, "wrong")
+    answer = normalize(answer)
     if not answer:
         return Grade(0.0, "truncated" if truncated else "no_think_end" if final is None else "no_answer")
-    verdicts = {gold: False if too_big else same_text(answer, gold) for gold in golds}
+    verdicts = {gold: same_text(answer, gold) for gold in golds}
     if True in verdicts.values():
         return Grade(1.0, "correct")
     undecided = [(answer, gold) for gold, verdict in verdicts.items() if verdict is None]
@@ -315,10 +327,10 @@ class RewardPool(AbstractContextManager["RewardPool"]):
     """Grade many responses, with worker processes that no answer can hang.
 
     A worker starts when text and plain numbers do not decide, and stays until `close`. With `function`, as in
-    "module:function", workers call function(response, answer, problem) -> float instead; of several answers, the best
-    counts. What it raises ends the run, as a wrong reward would do worse.
+    "module:function", workers call function(response, answer, problem) -> float instead, for each of several ground
+    truths, and the highest reward counts.
 
-    Raises: ValueError. Grading: RuntimeError, if a worker does not start or a function of your own fails.
+    Raises: ValueError for other settings; RewardError for the function, and for what it raises while it grades.
     """
 
     def __init__(
@@ -338,9 +350,10 @@ class RewardPool(AbstractContextManager["RewardPool"]):
         if function:
             try:
                 self._idle[-1] = self._start()  # so that a name that does not exist is found now
-            except RuntimeError as error:
+            except RewardError as error:
                 self.close()
-                raise ValueError(f"reward is {function}: {error}: give module:function") from error
+                place = "give module:function, of a file in this folder or of a package"
+                raise RewardError(f"reward is {function}: {error}: {place}") from error
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
         """Return one grade for each (response, answers, truncated), in order."""
@@ -355,7 +368,7 @@ class RewardPool(AbstractContextManager["RewardPool"]):
         """Begin to grade one (response, answers, truncated); a function of your own is given the problem too."""
         if self.function:
             response, answers, truncated = item
-            fields = problem and {**asdict(problem), "prompt_tokens": ()}
+            fields = problem and {"id": problem.id, "text": problem.text, "system": problem.system}
             return self._threads.submit(self._ask, [response, answers, fields], truncated)
         decided = _decide(item, self.require_think)
         if not isinstance(decided, Grade):
@@ -371,9 +384,8 @@ class RewardPool(AbstractContextManager["RewardPool"]):
         for worker in list(self._running):
             _kill(worker)  # so that the thread that waits for it returns
         self._threads.shutdown()
-        with suppress(IndexError):
-            while True:
-                self._stop(self._running[-1])
+        while self._running:
+            self._stop(self._running[-1])
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -389,7 +401,7 @@ class RewardPool(AbstractContextManager["RewardPool"]):
         if worker.returncode < 0 and again and not self._closed:  # killed by someone else
             return self._start(again=False)
         shown = f"a reward worker did not start: `{' '.join(self._command)}` shows why"
-        raise RuntimeError(json.loads(reply) if reply else shown)
+        raise RewardError(json.loads(reply) if reply else shown)
 
     def _stop(self, worker: Any) -> None:
         _kill(worker)
@@ -417,7 +429,7 @@ class RewardPool(AbstractContextManager["RewardPool"]):
             self._idle.append(worker)
         reward = json.loads(reply)
         if isinstance(reward, str):
-            raise RuntimeError(f"reward {self.function}: {reward}")
+            raise RewardError(f"reward is {self.function}: it raised {reward}: mend it, or let it return 0")
         return Grade(reward, "correct" if reward >= 1 else "truncated" if truncated and reward <= 0 else "wrong")
 
 
@@ -488,10 +500,11 @@ def _work(timeout: float, memory_gb: float, function: str | None = None) -> None
         signal.setitimer(signal.ITIMER_REAL, timeout + 1)
         try:
             result: float | str = work(*json.loads(line))
-        except (MemoryError, RecursionError):
+        except MemoryError:
             return None  # ended by an answer, as by the clock
         except (Exception, SystemExit) as error:  # it ends the run: a reward that fails must not pass for 0
-            result = f"{type(error).__name__}: {error}"[:300]
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            result = f"{type(error).__name__}: {error}"[:300] + f" ({Path(place.filename).name}, line {place.lineno})"
             if not function:  # but that sympy fails on a strange answer only says that it is not right
                 print(f"reward: {result} in the comparison of {line[:200]}", file=sys.stderr)
                 result = 0.0
@@ -508,8 +521,8 @@ def _own_function(name: str) -> Callable[..., float]:
     function = getattr(importlib.import_module(module), attribute)
 
     def best(response: str, answers: Any, fields: dict[str, Any] | None) -> float:
-        problem = fields and Problem(**fields)
         choices = answers if isinstance(answers, list) else [answers]
+        problem = Problem(**{"id": "", "text": "", **(fields or {}), "answers": tuple(choices)})
         reward = max(float(function(response, answer, problem)) for answer in choices)
         if not math.isfinite(reward):
             raise ValueError(f"returned {reward}: return a finite number")
@@ -525,11 +538,14 @@ def _read_rows(path: str) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-            field = "answer" if isinstance(row.get("response"), str) else "response"
-        except (ValueError, RecursionError, AttributeError):
-            raise ValueError(f"{path}, line {number}: no JSON object: write one on each line") from None
-        if field == "response" or row.get("answer") is None:
-            raise ValueError(f"{path}, line {number}: field '{field}' is missing or no text: write it")
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: no JSON object: write one on each line")
+        if not isinstance(row.get("response"), str):
+            raise ValueError(f"{path}, line {number}: field 'response' is missing or no text: write it")
+        if row.get("answer") is None:
+            raise ValueError(f"{path}, line {number}: field 'answer' is missing: write it")
         rows.append(row)
     return rows
 
@@ -539,14 +555,15 @@ def main() -> None:
     parser.add_argument("file", help='rows with "response", "answer" and, if known, "id" and "truncated"')
     parser.add_argument("--no-require-think", action="store_true", help="accept a response without </think>")
     parser.add_argument("--timeout", type=float, default=3.0, help="seconds for one comparison (default 3)")
+    parser.add_argument("--reward", help="module:function of your own; it gets an empty problem with the answer")
     parser.add_argument("--workers", type=int, default=2, help="worker processes (default 2)")
     options = parser.parse_args()
     try:
         rows = _read_rows(options.file)
-        pool = RewardPool(options.workers, options.timeout, not options.no_require_think)
+        pool = RewardPool(options.workers, options.timeout, not options.no_require_think, function=options.reward)
     except OSError as error:
         parser.exit(2, f"{options.file}: {error.strerror}: give the path of a JSON-lines file\n")
-    except ValueError as error:
+    except (ValueError, RewardError) as error:
         parser.exit(2, f"{error}\n")
     with pool:
         grades = pool.grade([(row["response"], row["answer"], bool(row.get("truncated"))) for row in rows])

@@ -663,11 +663,8 @@ def encode_prompts(
 
 
 def reward_pool(settings: Common, tokenizer: PreTrainedTokenizerBase) -> RewardPool:
-    try:
-        return RewardPool(workers=settings.reward_workers, timeout=settings.reward_timeout, function=settings.reward,
-                          require_think=settings.require_think and data.thinks(tokenizer))
-    except ValueError as error:
-        raise DataError(str(error)) from error
+    return RewardPool(workers=settings.reward_workers, timeout=settings.reward_timeout, function=settings.reward,
+                      require_think=settings.require_think and data.thinks(tokenizer))
 
 
 # -------------------------------------------------------------------------- evaluation

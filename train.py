@@ -69,11 +69,11 @@ from transformers.utils import logging as transformers_logging
 import data
 from data import DataError, ProblemSampler, Sink
 from polaris_mini import (
-    PRESETS, Common, Config, Group, Problem, Rollout, Stage, advantages, core_rewards, differing, difficulty_histogram,
-    icepop_ratio, mastered, mean_and_interval, mean_distinct_n, pick_temperature, plateaued, policy_loss, rescue,
-    substitute, temperature_grid, truncated_ratio,
+    PRESETS, Common, Config, Group, Problem, Rollout, Stage, advantages, core_rewards, difficulty_histogram,
+    icepop_ratio, low_overlap, mastered, mean_and_interval, mean_distinct_n, pick_temperature, plateaued,
+    policy_loss, rescue, substitute, temperature_grid, truncated_ratio,
 )
-from reward import RewardPool
+from reward import RewardError, RewardPool
 from rollout import (
     ENGINE_SHARE, KV_BLOCK, Engine, EngineError, Evaluation, HFEngine, Measure, ModelError, ProbeCurves, Response,
     Sampling, VLLMEngine, autocast, base_model, causal_lm, encode_prompts, evaluate, is_sharded, kv_bytes_per_token,
@@ -200,7 +200,7 @@ def enter_stage(setup: Setup, config: Config, run: Run, display: Display, interr
         return None
     if stage_is_over(config, state):
         gone = mastered(run.scores(state.stage_began + 1, state.step), config.mastered_above)
-        far, state.overlaps = differing(state.overlaps, config.min_overlap), {}
+        far, state.overlaps = low_overlap(state.overlaps, config.min_overlap), {}
         left = state.sampler.remove(gone | far, at_least=config.prompts_per_step)
         state.stage, state.stage_began, state.rewards = state.stage + 1, state.step, []
         if config.stages[state.stage - 1].reset_optimizer:
@@ -1563,7 +1563,7 @@ class Display:
     """The terminal: one progress line per phase, one table row per step; plain lines where there is no terminal."""
 
     COLUMNS = (  # title, metric, format
-        ("step", "step", ".0f"), ("stage", "stage", ".0f"), ("pass rate", "reward/mean", ".3f"),
+        ("step", "step", ".0f"), ("stage", "stage", ".0f"), ("reward", "reward/mean", ".3f"),
         ("informative", "batch/informative", ".2f"), ("tokens", "response/tokens_mean", ".0f"),
         ("truncated", "response/truncated", ".2f"), ("entropy", "policy/entropy", ".3f"),
         ("KL to sampler", "mismatch/kl", ".1e"), ("grad norm", "optim/grad_norm", ".3f"),
@@ -2447,7 +2447,7 @@ def run_training(config: Config, display: Display) -> tuple[Run, bool]:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (DataError, ModelError, ConfigError, OSError) as error:
+    except (DataError, ModelError, ConfigError, RewardError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from polaris_mini import (
-    PRESETS, Config, Group, Problem, Rollout, Stage, Zones, advantages, core_rewards, differing, difficulty_histogram,
-    distinct_n, histogram_verdict, intermediate_results, mastered, mean_and_interval, mean_distinct_n, pass_at_k,
-    pick_temperature, plateaued, policy_loss, rescue, substitute, temperature_grid, temperature_zones, truncated_ratio,
-    yarn_config,
+    PRESETS, Config, Group, Problem, Rollout, Stage, Zones, advantages, core_rewards, difficulty_histogram,
+    distinct_n, histogram_verdict, intermediate_results, low_overlap, mastered, mean_and_interval, mean_distinct_n,
+    pass_at_k, pick_temperature, plateaued, policy_loss, rescue, substitute, temperature_grid, temperature_zones,
+    truncated_ratio, yarn_config,
 )
 
 
@@ -40,7 +40,8 @@ def test_a_reward_below_1_counts_as_unsolved_but_makes_a_group_informative():
 
 
 @pytest.mark.parametrize(("text", "results"), [
-    (r"first \underline{12}, then $\underline{ x + y = 30 }$", {"12", "30"}),
+    (r"first \underline{12}, then $\underline{ x_1 = 1,030. }$", {"12", "1030"}),
+    (r"\underline{x + y = 3}, \underline{x = 1, y = 2}, \underline{\dfrac12}", {"x+y=3", "1,y=2", r"\frac12"}),
     (r"\underline{\frac{1}{2^{10}}} and \underline {\{1, 2\}}", {r"\frac{1}{2^{10}}", r"\{1,2\}"}),
     (r"\underline{} \underline{12 and nothing closes it", set()),
     ("", set()),
@@ -72,8 +73,8 @@ def test_core_rewards_pay_for_results_of_correct_responses():
     assert [r.reward for r in batch[2].rollouts] == [0.0]
     assert overlaps == {"a": pytest.approx(0.8 / 3), "b": 0.5}
     assert consensus == {"a": set("uvwxy"), "b": {"p", "q"}, "c": set(), "d": {"p", "q"}}
-    assert differing(overlaps, below=0.5) == {"a"}
-    assert differing(overlaps, below=0.0) == set()
+    assert low_overlap(overlaps, below=0.5) == {"a"}
+    assert low_overlap(overlaps, below=0.0) == set()
 
 
 # ------------------------------------------------------------------ advantages

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 import reward
 from polaris_mini import Problem
 from reward import (
-    Grade, RewardPool, boxed_answer, check_answer, grade, normalize, plain_number, same_mathematics, same_text,
+    Grade, RewardError, RewardPool, boxed_answer, check_answer, grade, normalize, plain_number, same_mathematics,
+    same_text,
 )
 
 REPOSITORY = Path(__file__).parents[1]
@@ -495,7 +496,7 @@ def score(response, answer, problem):
     started = time.monotonic()
     with RewardPool(workers=1, timeout=1.0, function="forks:score") as pool:
         assert pool.grade([("fork", "", False), ("read", "", False)]) == [Grade(0, "timeout"), Grade(0, "wrong")]
-        with pytest.raises(RuntimeError, match="SystemExit: no"):
+        with pytest.raises(RewardError, match="SystemExit: no"):
             pool.submit(("leave", "", False)).result()
     assert time.monotonic() - started < 15
     assert is_gone(int((tmp_path / "child").read_text()))
@@ -511,7 +512,7 @@ def test_a_worker_killed_while_idle_costs_nothing() -> None:
 
 
 def test_a_worker_that_cannot_start_is_an_error() -> None:
-    with RewardPool(workers=2, memory_gb=0.001) as pool, pytest.raises(RuntimeError, match="did not start"):
+    with RewardPool(workers=2, memory_gb=0.001) as pool, pytest.raises(RewardError, match="did not start"):
         pool.grade([(boxed("x+1"), "1+x", False)] * 5)
     assert pool._running == []
 
@@ -520,7 +521,7 @@ def test_close_leaves_no_process() -> None:
     pool = RewardPool(workers=2, timeout=60.0)
 
     def grade_towers() -> None:
-        with pytest.raises((CancelledError, RuntimeError)):  # the latter if a worker was still starting
+        with pytest.raises((CancelledError, RewardError)):  # the latter if a worker was still starting
             pool.grade([(boxed(TOWER), "x", False)] * 4)
 
     thread = threading.Thread(target=grade_towers)
@@ -598,7 +599,7 @@ def module(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str) 
 def test_countdown_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (REPOSITORY / "README.md").read_text().partition("```python\n# countdown.py")[2].partition("```")[0]
     module(tmp_path, monkeypatch, "countdown", code)
-    answer = '{"numbers": [3, 5, 8], "target": 19}'
+    answer = "[[3, 5, 8], 19]"
     responses = {
         r"</think> \boxed{3 * (5 + 8) - 20}": 0.0,  # 20 is not among the numbers
         r"</think> \boxed{8 + 3 * 5}": 0.0,
@@ -608,14 +609,16 @@ def test_countdown_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         r"</think> \boxed{8 / (5 - 5) + 3}": 0.0,
         r"</think> \boxed{__import__('os').getcwd()}": 0.0,
         r"</think> \boxed{9**9**9}": 0.0,
-        "\\boxed{8 * 3 - 5\x00}": 0.0,
-        "\\boxed{\ud800}": 0.0,
-        "nothing": 0.0,
-        r"\boxed{" + "(" * 300 + "8 * 3 - 5" + ")" * 300 + "}": 0.0,
+        "</think> \\boxed{8 * 3 - 5\x00}": 0.0,
+        "</think> \\boxed{\ud800}": 0.0,
+        "</think> nothing": 0.0,
+        r"<think> \boxed{8 * 3 - 5}": 0.0,
+        r"</think> \boxed{" + "-" * 50_000 + "8}": 0.0,
+        r"</think> \boxed{" + "(" * 300 + "8 * 3 - 5" + ")" * 300 + "}": 0.0,
     }
     with RewardPool(function="countdown:score") as pool:
         grades = pool.grade([(response, answer, False) for response in responses])
-        exact = (r"\boxed{8 / (3 - 8 / 3)}", '{"numbers": [3, 3, 8, 8], "target": 24}', False)
+        exact = (r"</think> \boxed{8 / (3 - 8 / 3)}", "[[3, 3, 8, 8], 24]", False)
         assert [g.reward for g in pool.grade([exact])] == [1.0]  # which floats miss
     assert [g.reward for g in grades] == list(responses.values())
 
@@ -628,23 +631,28 @@ def score(response, answer, problem):
     if response == "fill": x = "x" * 10**11
     if response == "print": print("1.0")
     if response == "deep": score(response, answer, problem)
+    if response == "fail": 1 / 0
+    assert hash(problem) and answer in problem.answers
     return len(problem.text) + float(answer)
 """)
     problem = Problem("7", "abc", ("0.25", "0.5"), prompt_tokens=(1, 2))
     with RewardPool(workers=2, timeout=2.0, function="mine:score") as pool:
         futures = [pool.submit((text, problem.answers, text == "cut"), problem)
-                   for text in ("fine", "hang", "fill", "print", "deep", "cut", "fine")]
+                   for text in ("fine", "hang", "fill", "print", "cut", "fine")]
         grades = [future.result() for future in futures]
         fine = Grade(3.5, "correct")  # of several answers the best counts
-        assert grades == [fine, Grade(0, "timeout"), Grade(0, "timeout"), fine, Grade(0, "timeout"), fine, fine]
-        with pytest.raises(RuntimeError, match="reward mine:score: AttributeError: 'NoneType' object"):
-            pool.submit(("fine", "1", False)).result()
+        assert grades == [fine, Grade(0, "timeout"), Grade(0, "timeout"), fine, fine, fine]
+        with pytest.raises(RewardError, match=r"mine:score: it raised ZeroDivisionError: .* \(mine.py, line 8\)"):
+            pool.submit(("fail", "1", False)).result()
+        with pytest.raises(RewardError, match="RecursionError"):
+            pool.submit(("deep", "1", False)).result()
+        assert pool.submit(("fine", "1", False)).result() == Grade(1.0, "correct")  # with an empty problem
         assert pool.submit(("fine", "1", False), problem).result() == Grade(4.0, "correct")
         assert pool.submit(("fine", "-3", True), problem).result() == Grade(0.0, "truncated")
         assert pool.submit(("fine", "-2.5", True), problem).result() == Grade(0.5, "wrong")
-        with pytest.raises(RuntimeError, match="could not convert string to float"):
+        with pytest.raises(RewardError, match="could not convert string to float"):
             pool.submit(("fine", "\N{GRINNING FACE}" * 1000, False), problem).result()
-        with pytest.raises(RuntimeError, match="returned nan"):
+        with pytest.raises(RewardError, match="returned nan"):
             pool.submit(("fine", "nan", False), problem).result()
 
 
@@ -658,7 +666,7 @@ def test_own_reward_that_cannot_be_loaded_is_named(
 ) -> None:
     module(tmp_path, monkeypatch, "mine", "def score(response, answer, problem): return 1\n")
     (tmp_path / "broken.py").write_text("def score(:\n")
-    with pytest.raises(ValueError, match=f"reward is {name}: .*{message}"):
+    with pytest.raises(RewardError, match=f"reward is {name}: .*{message}"):
         RewardPool(function=name)
 
 
@@ -715,6 +723,15 @@ def test_the_command_refuses_bad_input_in_one_line(
     result = run_command(str(file))
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert all(word in result.stderr for word in [str(file), *words])
+
+
+def test_the_command_grades_by_a_reward_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module(tmp_path, monkeypatch, "mine", "def score(response, answer, problem): return len(response) / len(answer)\n")
+    (tmp_path / "rows.jsonl").write_text('{"response": "ab", "answer": ["abcd", "abc"]}\n')
+    result = run_command("rows.jsonl", "--reward", "mine:score")
+    assert json.loads(result.stdout) == {"reward": 2 / 3, "reason": "wrong"}
+    result = run_command("rows.jsonl", "--reward", "mine:scores")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
 
 
 def test_the_command_refuses_bad_settings(tmp_path: Path) -> None:
