@@ -299,7 +299,7 @@ class Config(Common):
     checkpoint_every: int = 20
     """Steps between checkpoints; one is always saved at the end."""
     keep_checkpoints: int = 2
-    """Newest checkpoints to keep."""
+    """Newest checkpoints to keep; the one with the best evaluation is kept too."""
     track: Literal["none", "wandb", "tensorboard", "trackio"] = "none"
     """Also send the metrics to this tracker, if it is installed."""
 

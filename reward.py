@@ -141,13 +141,17 @@ def normalize(text: str) -> str:
     >>> normalize("$69$,$84$\n"), normalize("2½ − √10²."), normalize(r"0.1\overline{6}")
     ('69,84', '2\\frac{1}{2} - \\sqrt{10}^{2}', '\\frac{15}{90}')
     """
+    # currency and math delimiters, but not \\[2pt], the end of a row
     text = re.sub(r"\\?[$€£¥]|(?<!\\)\\[()\[\]]", "", text)
     text = text if text.isascii() else _unicode_to_latex(text)
+    # thousands: 1,\!000 and 1{,}000; \frac{1,000}{3}
     text = re.sub(r"(?<=\d)(?:,\\!|\\!,?|\{,\})\s*(?=\d{3}(?!\d))", "", text)
-    text = re.sub(r"(?<=[ct}])\{\d{1,3}(?:,\d{3})+\}", lambda match: match[0].replace(",", ""), text)  # \frac{1,000}{3}
+    text = re.sub(r"(?<=[ct}])\{\d{1,3}(?:,\d{3})+\}", lambda match: match[0].replace(",", ""), text)
+    # spaces, sizes, the distance after a row
     text = re.sub(r"(?<!\\)\\[,;:! ]|~|\\q?quad\b", " ", text)
-    text = re.sub(r"\\sqrt\s*(?:\(([^()]*)\)|(\d[\d.]*\d))", r"\\sqrt{\1\2}", text)
     text = re.sub(r"\\(?:[bB]igg?[lrm]?|displaystyle)(?![A-Za-z])|(?<=\\\\)\[\d+\w*\]", "", text)
+    # \sqrt(2) and √10, whose 10 LaTeX would split; other names; 0.1\overline{6}; the end of a sentence
+    text = re.sub(r"\\sqrt\s*(?:\(([^()]*)\)|(\d[\d.]*\d))", r"\\sqrt{\1\2}", text)
     text = text.replace(r"\degree", r"^\circ").replace(r"\varnothing", r"\emptyset")
     text = re.sub(r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar)\s*\{(\d{1,20})\}", _repeating, text)
     return re.sub(r"(?<!\\right)[\s.,;:]+$", "", text.strip())
@@ -214,8 +218,8 @@ def _same_amount(answer: str, gold: str) -> bool:
     """Compare where one may have a percent sign that the other lacks, or a decimal comma for its point: 2,5 is 2.5."""
     for one, other in ((answer, gold), (gold, answer)):
         number = plain_number(other)
-        comma = re.fullmatch(r"-?[0-9]+,[0-9]+", one) and one.replace(",", ".")
-        if number is not None and number in (plain_number(one.rstrip(r" \%")), plain_number(comma or "")):
+        comma = one.replace(",", ".") if re.fullmatch(r"-?[0-9]+,[0-9]+", one) else ""
+        if number is not None and number in (plain_number(one.rstrip(r" \%")), plain_number(comma)):
             return True
     return False
 

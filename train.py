@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -992,7 +993,7 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
         )
     with rank_0_first():
         source = str(toy_model_folder(config, evaluation, display)) if toy else config.model
-    checkpoint = run.newest_checkpoint()
+        checkpoint = run.newest_checkpoint(display.note)
     if device.type == "cuda":
         warn_if_too_large(config, device, display)
     sharded = rank_count() > 1 and config.lora_rank == 0
@@ -1002,7 +1003,7 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
         shard(causal_lm(policy), device)
     optimizer, scaler = make_optimizer(policy, config), loss_scaler(config, device)
     if leads():
-        run.folder.mkdir(parents=True, exist_ok=True)
+        run.lock()
     state = State(ProblemSampler(training, config.seed), Sink(run.folder / "sink.sqlite" if leads() else None))
     if checkpoint is not None:
         restore(state, optimizer, scaler, checkpoint, config)
@@ -1282,11 +1283,43 @@ def written_whole(folder: Path) -> Iterator[Path]:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     yield unfinished
-    for path in unfinished.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    for path in [*unfinished.rglob("*"), unfinished]:
+        sync(path)
     os.replace(unfinished, folder)
+    sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or a folder's list of names is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of a checkpoint but the list of them."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name != DIGESTS:
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+DIGESTS = "sha256.json"
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Say what is wrong with a checkpoint, by its content; None: nothing. Files that were added do not matter."""
+    try:
+        expected = json.loads((checkpoint / DIGESTS).read_text())
+    except (OSError, ValueError):
+        return f"{DIGESTS} cannot be read"
+    found = digests(checkpoint)
+    return next((f"{name} is missing or not as it was saved" for name in expected
+                 if found.get(name) != expected[name]), None)
 
 
 def save_checkpoint(setup: Setup, config: Config, run: Run) -> None:
@@ -1307,10 +1340,17 @@ def save_checkpoint(setup: Setup, config: Config, run: Run) -> None:
             },
             folder / "trainer_state.pt",
         )
+        (folder / DIGESTS).write_text(json.dumps(digests(folder), indent=2) + "\n")
     checkpoints = run.checkpoints()
-    for old in checkpoints[: -config.keep_checkpoints]:
+    best = run.best_evaluation(checkpoints)
+    kept = [checkpoint for checkpoint in checkpoints if checkpoint in (*checkpoints[-config.keep_checkpoints :], best)]
+    for old in set(checkpoints) - set(kept):
         shutil.rmtree(old)
-    state.sink.prune(int(checkpoints[-config.keep_checkpoints :][0].name.removeprefix("step_")))
+    state.sink.prune(step_of(kept[0]))
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 SAVED_STATE = {"step", "stage", "stage_began", "temperatures", "rewards", "consensus", "overlaps", "diversity"}
@@ -1338,6 +1378,20 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.track: Callable[[dict[str, float], int], None]  # set by `start`
+        self._locked = False
+
+    def lock(self) -> None:
+        """Make the folder and keep a second process out of it. The kernel lets go of the lock when its holder dies."""
+        if self._locked:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        held = os.open(self.folder, os.O_RDONLY)
+        weakref.finalize(self, os.close, held)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"run folder {self.folder}: another process is training in it; end that first") from None
+        self._locked = True
 
     def start(self, config: Config, step: int, problems: Sequence[Problem]) -> None:
         """Make the folder, or in a resumed run forget what was logged after `step`: those steps come again."""
@@ -1403,8 +1457,26 @@ class Run:
     def checkpoints(self) -> list[Path]:
         return sorted((self.folder / "checkpoints").glob("step_*"))
 
-    def newest_checkpoint(self) -> Path | None:
-        return self.checkpoints()[-1] if self.checkpoints() else None
+    def newest_checkpoint(self, note: Callable[[str], None]) -> Path | None:
+        """Return the newest whole checkpoint; a damaged one that is newer is reported and put aside."""
+        checkpoints = self.checkpoints()
+        for newest in reversed(checkpoints):
+            fault = damage(newest)
+            if fault is None:
+                return newest
+            note(f"{newest} is damaged ({fault}): it is put aside, and the one before it is used")
+            aside = newest.with_name(f"damaged_{newest.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            newest.rename(aside)
+        if checkpoints:
+            raise ConfigError(f"resume is {self.folder}: every checkpoint in it is damaged; start anew with --run-dir")
+        return None
+
+    def best_evaluation(self, checkpoints: Sequence[Path]) -> Path | None:
+        """Return the checkpoint with the highest avg@k, the newest of several."""
+        lines = data.read_lines(self.folder / "evaluations.jsonl")
+        scores = {self.checkpoint(line["step"]): (line["avg_at_k"], line["step"]) for line in lines}
+        return max((c for c in checkpoints if c in scores), key=scores.__getitem__, default=None)
 
     def _append(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         data.append_lines(self.folder / name, lines)
@@ -1615,7 +1687,7 @@ class TokenColumn(ProgressColumn):
 
 def finish(run: Run, config: Config, display: Display, interrupted: bool) -> None:
     """Say what came of the run: before and after, the plot, and what to do next."""
-    folder, checkpoint = run.folder, run.newest_checkpoint()
+    folder, checkpoint = run.folder, run.checkpoints()[-1]
     if interrupted:
         display.note(f"stopped after step {run.last_step()} of {config.total_steps}")
         display.note(f"go on with: python train.py --resume {folder}")
@@ -2425,6 +2497,8 @@ def main(arguments: Sequence[str]) -> None:
 def run_training(config: Config, display: Display) -> tuple[Run, bool]:
     """Set up and train; tell whether Ctrl-C ended it."""
     run = Run(run_folder(config))
+    if leads() and config.resume is not None:
+        run.lock()
     setup = set_up(config, run, display)
     interrupt = Interrupt()
     with setup.pool, contextlib.closing(setup.engine):

@@ -88,7 +88,10 @@ def test_run_folder_holds_what_the_readme_says(finished):
     assert len(lines(finished / "scores.jsonl")) == STEPS * 8
     assert json.loads((finished / "config.json").read_text())["stages"][0]["steps"] == STEPS
     assert (finished / "plots" / "run.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step_000008", "step_000009"]
+    scores = {e["step"]: e["avg_at_k"] for e in lines(finished / "evaluations.jsonl") if e["step"] > 0}
+    best = max(scores, key=lambda step: (scores[step], step))
+    kept = sorted({8, 9, best})
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == [f"step_{step:06d}" for step in kept]
 
 
 def test_every_metric_is_defined_in_the_readme():
@@ -154,6 +157,55 @@ def test_interrupted_run_saves_and_says_how_to_go_on(finished, environment, run_
     assert (folder / "checkpoints" / f"step_{done:06d}").is_dir()
     assert run_train("--resume", folder).returncode == 0
     assert_same_training(finished, folder, STEPS)  # an evaluation may have been dropped
+
+
+def test_a_second_process_in_a_run_is_refused_until_the_first_is_dead(finished, environment, run_train, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    first = start(["--resume", copy, "--steps", 500], environment)
+    wait_for_step(copy, STEPS + 1, first)
+    second = run_train("--resume", copy, "--steps", STEPS + 4)
+    assert second.returncode == 2
+    assert f"run folder {copy}: another process is training in it" in second.stderr
+    assert first.poll() is None
+    first.kill()
+    first.wait()
+    assert run_train("--resume", copy, "--steps", STEPS + 4).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.pt", "config.json", "sha256.json"])
+@pytest.mark.parametrize("harm", ["cut", "flip", "delete"])
+def test_damage_of_a_checkpoint_is_found_by_its_content(finished, tmp_path, name, harm):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished / "checkpoints" / f"step_{STEPS:06d}", copy)
+    (copy / "notes.txt").write_text("a user's own file does no harm")
+    assert train.damage(copy) is None
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    {"cut": lambda: (copy / name).write_bytes(content[:-9]), "flip": lambda: (copy / name).write_bytes(content),
+     "delete": (copy / name).unlink}[harm]()
+    fault = train.damage(copy)
+    assert fault is not None
+    assert name in fault or name == "sha256.json"  # which another file may then seem to disagree with
+
+
+def test_damaged_checkpoint_is_put_aside_and_the_one_before_it_used(finished, run_train, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    newest, before = (copy / "checkpoints" / f"step_{step:06d}" for step in (STEPS, STEPS - 1))
+    (newest / "model.safetensors").write_bytes(b"")
+    result = run_train("--resume", copy)
+    assert result.returncode == 0, result.stderr
+    shown = "".join(result.stdout.split())  # whatever the width of the terminal
+    assert "step_000009isdamaged(model.safetensorsismissingornotasitwassaved)" in shown
+    assert_same_run(finished, copy, STEPS)
+    assert (copy / "checkpoints" / "damaged_step_000009").is_dir()
+    for checkpoint in (copy / "checkpoints").glob("step_*"):
+        (checkpoint / "trainer_state.pt").unlink()
+    result = run_train("--resume", copy)
+    assert result.returncode == 2
+    assert "every checkpoint in it is damaged" in result.stderr
+    assert before.with_name(f"damaged_{before.name}").is_dir()  # nothing is deleted
 
 
 def test_longer_training_of_a_finished_run(finished, run_train, tmp_path):
