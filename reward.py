@@ -14,11 +14,13 @@ Left out: answers without a box, proofs, code. math-verify's judgement is taken 
 from __future__ import annotations
 
 import argparse
+import base64
 import importlib
 import json
 import logging
 import math
 import os
+import pickle
 import re
 import resource
 import signal
@@ -35,10 +37,7 @@ from decimal import Decimal
 from itertools import groupby, pairwise
 from pathlib import Path
 from subprocess import PIPE, Popen
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from polaris_mini import Problem
+from typing import Any, Literal, NamedTuple
 
 Reason = Literal["correct", "wrong", "no_answer", "no_think_end", "truncated", "timeout", "invalid_gold"]
 Answers = str | int | float | Sequence[str | int | float]  # the ground truth of a problem, or several
@@ -368,12 +367,12 @@ class RewardPool(AbstractContextManager["RewardPool"]):
             self.close()
             raise
 
-    def submit(self, item: Item, problem: Problem | None = None) -> Future[Grade]:
+    def submit(self, item: Item, problem: object = None) -> Future[Grade]:
         """Begin to grade one (response, answers, truncated); a function of your own is given the problem too."""
         if self.function:
             response, answers, truncated = item
-            fields = problem and {"id": problem.id, "text": problem.text, "system": problem.system}
-            return self._threads.submit(self._ask, [response, answers, fields], truncated)
+            pickled = base64.b64encode(pickle.dumps(problem)).decode()  # so that its class need not be known here
+            return self._threads.submit(self._ask, [response, answers, pickled], truncated)
         decided = _decide(item, self.require_think)
         if not isinstance(decided, Grade):
             return self._threads.submit(self._ask, decided)
@@ -517,16 +516,23 @@ def _work(timeout: float, memory_gb: float, function: str | None = None) -> None
     return None
 
 
-def _own_function(name: str) -> Callable[..., float]:
-    from polaris_mini import Problem
+class NoProblem(NamedTuple):
+    """What a function of your own is given where only the answers are known: by this file's command."""
 
+    answers: tuple[Any, ...]
+    id: str = ""
+    text: str = ""
+    system: None = None
+
+
+def _own_function(name: str) -> Callable[..., float]:
     sys.path.insert(0, os.getcwd())
     module, _, attribute = name.partition(":")
     function = getattr(importlib.import_module(module), attribute)
 
-    def best(response: str, answers: Any, fields: dict[str, Any] | None) -> float:
+    def best(response: str, answers: Any, pickled: str) -> float:
         choices = answers if isinstance(answers, list) else [answers]
-        problem = Problem(**{"id": "", "text": "", **(fields or {}), "answers": tuple(choices)})
+        problem = pickle.loads(base64.b64decode(pickled)) or NoProblem(tuple(choices))
         reward = max(float(function(response, answer, problem)) for answer in choices)
         if not math.isfinite(reward):
             raise ValueError(f"returned {reward}: return a finite number")
@@ -559,7 +565,7 @@ def main() -> None:
     parser.add_argument("file", help='rows with "response", "answer" and, if known, "id" and "truncated"')
     parser.add_argument("--no-require-think", action="store_true", help="accept a response without </think>")
     parser.add_argument("--timeout", type=float, default=3.0, help="seconds for one comparison (default 3)")
-    parser.add_argument("--reward", help="module:function of your own; it gets an empty problem with the answer")
+    parser.add_argument("--reward", help="module:function of your own; its problem has no text here")
     parser.add_argument("--workers", type=int, default=2, help="worker processes (default 2)")
     options = parser.parse_args()
     try:
