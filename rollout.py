@@ -15,6 +15,7 @@ Left out: servers, engines on other machines, responses that outlive a step.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import math
@@ -605,22 +606,41 @@ def kv_cache_bytes(config: PretrainedConfig, settings: Common, max_tokens: int, 
 
 def sample_groups(
     engine: Engine, tokenizer: PreTrainedTokenizerBase, pool: RewardPool, problems: Sequence[Problem], group_size: int,
-    sampling: Sampling, on_tokens: Callable[[int], None] | None = None,
+    sampling: Sampling, on_tokens: Callable[[int], None] | None = None, kept_in: Path | None = None,
 ) -> tuple[list[Group], list[Grading]]:
     """Draw `group_size` rollouts of every problem. Each group's grading begins when it is finished, beside the others'.
 
-    Returns the groups in the order of the problems, and what `set_rewards` waits for.
+    kept_in: see `generate_once`. Returns the groups in the order of the problems, and what `set_rewards` waits for.
     """
     groups: dict[int, Group] = {}
     gradings = []
     prompts = [problem.prompt_tokens for problem in problems]
-    with contextlib.closing(engine.generate(prompts, group_size, sampling, on_tokens)) as finished:
+    with contextlib.closing(generate_once(engine, prompts, group_size, sampling, on_tokens, kept_in)) as finished:
         for i, responses in finished:
             problem = problems[i]
             groups[i] = Group(problem, [_rollout(problem, response, tokenizer) for response in responses])
             for rollout in groups[i].rollouts:
                 gradings.append((rollout, pool.submit((rollout.text, problem.answers, rollout.truncated), problem)))
     return [groups[i] for i in range(len(problems))], gradings
+
+
+def generate_once(
+    engine: Engine, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling,
+    on_tokens: Callable[[int], None] | None, kept_in: Path | None,
+) -> Generator[tuple[int, list[Response]]]:
+    """Yield what the engine generates, and keep it in a folder, from where it comes when the same is asked again."""
+    asked = json.dumps([prompts, count, asdict(sampling)])
+    path = kept_in and kept_in / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
+    if path and path.exists():
+        yield from ((i, [Response(*values) for values in drawn]) for i, drawn in json.loads(path.read_bytes()))
+        return
+    drawn = []
+    with contextlib.closing(engine.generate(prompts, count, sampling, on_tokens)) as finished:
+        for i, responses in finished:
+            drawn.append((i, [(r.tokens, r.sampler_logprobs, r.finish_reason) for r in responses]))
+            yield i, responses
+    if path:
+        data.write_whole(path, json.dumps(drawn))
 
 
 def _rollout(problem: Problem, response: Response, tokenizer: PreTrainedTokenizerBase) -> Rollout:
@@ -742,10 +762,10 @@ class Evaluation:
 
 def evaluate(
     engine: Engine, tokenizer: PreTrainedTokenizerBase, pool: RewardPool, problems: Sequence[Problem], k: int,
-    sampling: Sampling, on_tokens: Callable[[int], None] | None = None,
+    sampling: Sampling, on_tokens: Callable[[int], None] | None = None, kept_in: Path | None = None,
 ) -> list[Measured]:
     """Sample and grade k rollouts per problem."""
-    groups, gradings = sample_groups(engine, tokenizer, pool, problems, k, sampling, on_tokens)
+    groups, gradings = sample_groups(engine, tokenizer, pool, problems, k, sampling, on_tokens, kept_in)
     set_rewards(gradings)
     return [Measured.of(group) for group in groups]
 

@@ -104,7 +104,8 @@ def train(setup: Setup, config: Config, run: Run, display: Display, interrupt: I
                 setup.engine.wake(setup.policy)
             with clock("rollout"), display.phase("rollout") as on_tokens:
                 groups, gradings = sample_groups(
-                    setup.engine, setup.tokenizer, setup.pool, problems, config.group_size, sampling, on_tokens
+                    setup.engine, setup.tokenizer, setup.pool, problems, config.group_size, sampling, on_tokens,
+                    kept_in=run.drawn(state.step),
                 )
         setup.engine.sleep()
         if interrupt.requested:
@@ -252,7 +253,8 @@ def choose_temperature(
         for t in grid:
             sampling = Sampling(t, stage.max_response_tokens, seed=rng.getrandbits(63))
             measured[t] = evaluate(
-                setup.engine, setup.tokenizer, setup.pool, problems, config.group_size, sampling, on_tokens
+                setup.engine, setup.tokenizer, setup.pool, problems, config.group_size, sampling, on_tokens,
+                kept_in=run.drawn(state.step),
             )
         return ProbeCurves.of(measured, words=config.diversity_words)
 
@@ -299,7 +301,8 @@ def evaluate_policy(
     with interrupt.may_drop_step(), display.phase("evaluation") as on_tokens:
         setup.engine.wake(setup.policy)
         result = Evaluation.of(evaluate(
-            setup.engine, setup.tokenizer, setup.pool, setup.eval_problems, config.eval_rollouts, sampling, on_tokens
+            setup.engine, setup.tokenizer, setup.pool, setup.eval_problems, config.eval_rollouts, sampling, on_tokens,
+            kept_in=run.drawn(setup.state.step),
         ))
     setup.engine.sleep()
     if result is None:
@@ -1347,6 +1350,7 @@ def save_checkpoint(setup: Setup, config: Config, run: Run) -> None:
     for old in set(checkpoints) - set(kept):
         shutil.rmtree(old)
     state.sink.prune(step_of(kept[0]))
+    run.forget_drawn(state.step, changed=False)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -1399,7 +1403,11 @@ class Run:
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         for unfinished in (self.folder / "checkpoints").glob(".*.unfinished-*"):  # of a run that was killed
             shutil.rmtree(unfinished)
-        (self.folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        path = self.folder / "config.json"
+        before = saved_config(self.folder) if path.exists() else config
+        place: dict[str, Any] = {"resume": None, "run_dir": None}
+        self.forget_drawn(step, changed=replace(before, **place) != replace(config, **place))
+        data.write_whole(path, json.dumps(asdict(config), indent=2) + "\n")
         for name in ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl", "scores.jsonl", "probes.jsonl"):
             path = self.folder / name
             rewound = path.with_name(path.name + ".tmp")
@@ -1450,6 +1458,20 @@ class Run:
             if first_step <= line["step"] <= last_step:
                 collected[line["id"]].append(line["score"])
         return collected
+
+    def drawn(self, step: int) -> Path:
+        """Return the folder of the responses that the policy drew after this step, kept until a later checkpoint.
+
+        After a kill they come from there: only what was being generated is generated again.
+        """
+        return self.folder / "drawn" / f"step_{step:06d}"
+
+    def forget_drawn(self, step: int, changed: bool) -> None:
+        """Delete what was drawn before a checkpoint of this step; if settings have changed, also what came later."""
+        changed = changed or not self.drawn(step).exists()  # or these steps may come out otherwise than before
+        for folder in (self.folder / "drawn").glob("step_*"):
+            if step_of(folder) < step or (changed and step_of(folder) > step):
+                shutil.rmtree(folder)
 
     def checkpoint(self, step: int) -> Path:
         return self.folder / "checkpoints" / f"step_{step:06d}"

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,9 @@ from transformers import (
 
 import data
 import train  # noqa: F401  registers the packed attention
+from fast_start import Script
 from polaris_mini import Rollout
 
-ROOT = Path(__file__).parents[1]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "intermediate_size": 64, "max_position_embeddings": 256, "eos_token_id": 3, "pad_token_id": 0,
          "bos_token_id": None, "vocab_size": 50}
@@ -87,7 +86,6 @@ def run_train(environment):
     def call(
         *arguments: object, script: str = "train.py", cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-        return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
+        return Script(arguments, environment, script=script, cwd=cwd).wait(600)
 
     return call

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, even_sums, lines, random_rollouts, tiny_model
+from conftest import even_sums, lines, random_rollouts, tiny_model
+from fast_start import ROOT
 from safetensors.torch import load_file
 
 import train

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, even_sums, lines
+from conftest import even_sums, lines
+from fast_start import ROOT, Script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
@@ -120,12 +121,7 @@ def test_plot_command_draws_again(finished, run_train, tmp_path):
 # ------------------------------------------------------------------------- resume
 
 
-def start(arguments: list[object], environment: dict[str, str]) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(folder: Path, step: int, process: Script) -> None:
     path = folder / "metrics.jsonl"
     while process.poll() is None and (not path.exists() or len(path.read_text().splitlines()) < step):
         time.sleep(0.02)
@@ -134,10 +130,10 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
 def test_killed_run_resumes_bit_identical(finished, environment, run_train, tmp_path):
     """Killed without warning after step 3 of 9: step 3 is repeated from the checkpoint of step 2."""
     folder = tmp_path / "killed"
-    process = start([*SMALL, "--steps", STEPS, "--run-dir", folder], environment)
+    process = Script([*SMALL, "--steps", STEPS, "--run-dir", folder], environment)
     wait_for_step(folder, 3, process)
     process.kill()
-    process.communicate()
+    process.wait()
     assert len((folder / "metrics.jsonl").read_text().splitlines()) < STEPS
     result = run_train("--resume", folder)
     assert result.returncode == 0, result.stderr
@@ -146,12 +142,12 @@ def test_killed_run_resumes_bit_identical(finished, environment, run_train, tmp_
 
 def test_interrupted_run_saves_and_says_how_to_go_on(finished, environment, run_train, tmp_path):
     folder = tmp_path / "interrupted"
-    process = start([*SMALL, "--steps", STEPS, "--run-dir", folder], environment)
+    process = Script([*SMALL, "--steps", STEPS, "--run-dir", folder], environment)
     wait_for_step(folder, 1, process)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert f"python train.py --resume {folder}" in out
+    ended = process.wait()
+    assert ended.returncode == 0, ended.stderr
+    assert f"python train.py --resume {folder}" in ended.stdout
     done = len(lines(folder / "metrics.jsonl"))
     assert 1 <= done < STEPS
     assert (folder / "checkpoints" / f"step_{done:06d}").is_dir()
@@ -162,7 +158,7 @@ def test_interrupted_run_saves_and_says_how_to_go_on(finished, environment, run_
 def test_a_second_process_in_a_run_is_refused_until_the_first_is_dead(finished, environment, run_train, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
-    first = start(["--resume", copy, "--steps", 500], environment)
+    first = Script(["--resume", copy, "--steps", 500], environment)
     wait_for_step(copy, STEPS + 1, first)
     second = run_train("--resume", copy, "--steps", STEPS + 4)
     assert second.returncode == 2
@@ -530,8 +526,9 @@ def test_process_reward_is_saved_and_without_underlines_changes_nothing(finished
     assert set(saved["consensus"]) == {line["id"] for line in lines(run / "rollouts.jsonl")}
 
 
-def test_bad_input_in_a_process_of_its_own(run_train):
-    result = run_train("--group-size", "1")
+def test_bad_input_in_a_process_of_its_own():
+    result = subprocess.run([sys.executable, str(ROOT / "train.py"), "--group-size", "1"], capture_output=True,
+                            text=True, check=False)
     assert result.returncode == 2
     assert "group_size is 1" in result.stderr
     assert "Traceback" not in result.stderr

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, even_sums, lines, perturb, tiny_model
+from conftest import even_sums, lines, perturb, tiny_model
+from fast_start import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import data
