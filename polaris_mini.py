@@ -138,7 +138,7 @@ class Common:
     rollouts_per_batch: int = 256
     """Responses that are generated side by side: memory and speed. Another number draws other responses."""
     engine_timeout: float = 600.0
-    """Seconds without a new token after which vLLM counts as hung, and the process saves what it has and ends."""
+    """Seconds without a new token after which vLLM counts as hung, and the process ends: to be resumed."""
     require_think: bool = True
     """With a model whose chat template knows <think>, grade only what follows </think>. Source: release."""
     reward: str | None = None

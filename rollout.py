@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -59,6 +60,14 @@ class ModelError(ValueError):
 
 class EngineError(ModelError):
     """An engine that failed while it generated. The policy is as it was before the step."""
+
+
+class OutOfMemory(EngineError):
+    """An engine for which there was no memory. It has lowered its `rollouts_per_batch`: it can be asked again."""
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # GPU, CPU
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -219,6 +228,10 @@ class Sampling:
 class Engine(Protocol):
     """What training and evaluation ask of an engine."""
 
+    @property
+    def rollouts_per_batch(self) -> int:
+        """Responses side by side: the setting, or fewer since memory has run out."""
+
     def wake(self, policy: torch.nn.Module) -> None:
         """Get ready to generate with the policy's current weights."""
 
@@ -278,7 +291,8 @@ class HFEngine:
         responses: dict[int, list[Response]] = {i: [] for i in by_length}
         for start in range(0, len(rows), self.rollouts_per_batch):
             batch = rows[start : start + self.rollouts_per_batch]
-            with torch.inference_mode(), autocast(self.device, self.dtype), _decoding(self.policy):
+            with (_fewer_at_once(self), torch.inference_mode(), autocast(self.device, self.dtype),
+                  _decoding(self.policy)):  # fmt: skip
                 drawn = self._decode([prompts[i] for i in batch], sampling, generator, on_tokens)
             for i, response in zip(batch, drawn, strict=True):
                 responses[i].append(response)
@@ -407,7 +421,7 @@ class VLLMEngine:
         self._move_policy(torch.device("cpu"))
         cache_bytes = kv_cache_bytes(config, settings, max_tokens, reserved_bytes)
         self.time_limit = settings.engine_timeout
-        self.on_hang: Callable[[], None] = lambda: None
+        self.rollouts_per_batch = self._planned = settings.rollouts_per_batch
         try:
             self.llm = LLM(
                 model=model, dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
@@ -474,22 +488,27 @@ class VLLMEngine:
 
         engine: Any = self.llm.llm_engine
         torch.manual_seed(sampling.seed)  # all requests draw from it: a generator for each would be slow
-        for i, prompt in enumerate(prompts):
-            engine.add_request(str(i), {"prompt_token_ids": list(prompt)}, SamplingParams(
-                n=count, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
-                max_tokens=sampling.max_tokens, stop_token_ids=self.stop_tokens, logprobs=0, flat_logprobs=True,
-                detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
-            ))  # fmt: skip
+        # vLLM runs as many as it can side by side; if memory has run out, the others have to wait here
+        waiting = deque(range(len(prompts)))
+        free = len(prompts) if self.rollouts_per_batch == self._planned else max(1, self.rollouts_per_batch // count)
         finished = reported = 0
         try:
-            with _engine_errors("generated"), self._watched() as alive:
-                while engine.has_unfinished_requests():
+            with _engine_errors("generated"), _fewer_at_once(self), self._watched() as alive:
+                while waiting or engine.has_unfinished_requests():
+                    while waiting and free:
+                        i, free = waiting.popleft(), free - 1
+                        engine.add_request(str(i), {"prompt_token_ids": list(prompts[i])}, SamplingParams(
+                            n=count, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
+                            max_tokens=sampling.max_tokens, stop_token_ids=self.stop_tokens, logprobs=0,
+                            flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+                        ))  # fmt: skip
                     for output in engine.step():
                         if failed := {o.finish_reason for o in output.outputs} - {"stop", "length"}:
                             raise EngineError(f"engine is vllm: a response ended by {failed.pop()}; take --engine hf")
                         responses = [Response(list(o.token_ids), list(o.logprobs.logprobs), o.finish_reason)
                                      for o in output.outputs]
                         finished += sum(len(response.tokens) for response in responses)
+                        free += 1
                         yield int(output.request_id), responses
                     running = engine.output_processor.request_states.values()
                     tokens = finished + sum(state.detokenizer.num_output_tokens() for state in running)
@@ -515,9 +534,6 @@ class VLLMEngine:
                 if time.monotonic() - last > self.time_limit:
                     print(f"error: engine is vllm: no new token for {self.time_limit:g} s, it hangs: raise "
                           "--engine-timeout if that is too short, or take --engine hf", file=sys.stderr, flush=True)
-                    saving = threading.Thread(target=self.on_hang, daemon=True)
-                    saving.start()
-                    saving.join(60)  # the device may hang too
                     os._exit(2)
 
         threading.Thread(target=watch, daemon=True).start()
@@ -525,6 +541,21 @@ class VLLMEngine:
             yield alive
         finally:
             done.set()
+
+
+@contextlib.contextmanager
+def _fewer_at_once(engine: HFEngine | VLLMEngine) -> Iterator[None]:
+    """Where memory runs out, halve the responses side by side, for the one who asks again."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        if engine.rollouts_per_batch == 1:
+            raise EngineError("memory runs out while a single response is generated: lower --max-response-tokens, or "
+                              "ask python train.py plan what fits") from error
+        engine.rollouts_per_batch //= 2
+        raise OutOfMemory(f"memory ran out, now {engine.rollouts_per_batch} responses side by side") from error
 
 
 @contextlib.contextmanager
@@ -628,17 +659,30 @@ def generate_once(
     engine: Engine, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling,
     on_tokens: Callable[[int], None] | None, kept_in: Path | None,
 ) -> Generator[tuple[int, list[Response]]]:
-    """Yield what the engine generates, and keep it in a folder, from where it comes when the same is asked again."""
+    """Yield what the engine generates, and keep it in a folder, from where it comes when the same is asked again.
+
+    Where memory runs out it is asked for what is missing, see `OutOfMemory`.
+    """
     asked = json.dumps([prompts, count, asdict(sampling)])
     path = kept_in and kept_in / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
     if path and path.exists():
-        yield from ((i, [Response(*values) for values in drawn]) for i, drawn in json.loads(path.read_bytes()))
+        for i, kept in json.loads(path.read_bytes()):
+            yield i, [Response(*values) for values in kept]
         return
-    drawn = []
-    with contextlib.closing(engine.generate(prompts, count, sampling, on_tokens)) as finished:
-        for i, responses in finished:
-            drawn.append((i, [(r.tokens, r.sampler_logprobs, r.finish_reason) for r in responses]))
-            yield i, responses
+    drawn: list[tuple[int, list[Any]]] = []
+    left = list(range(len(prompts)))
+    while left:
+        numbers = left.copy()
+        try:
+            with contextlib.closing(engine.generate([prompts[i] for i in left], count, sampling, on_tokens)) as done:
+                for number, responses in done:
+                    i = numbers[number]
+                    drawn.append((i, [(r.tokens, r.sampler_logprobs, r.finish_reason) for r in responses]))
+                    yield i, responses
+                    left.remove(i)
+        except OutOfMemory:  # ask for the others again, fewer of which are then generated side by side
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
     if path:
         data.write_whole(path, json.dumps(drawn))
 
@@ -976,6 +1020,7 @@ class Session:
         size = max(1, options.rollouts_per_batch * (8 if self.vllm else 1) // rollouts)
         chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
         chunks = [chunk for chunk in chunks if any((key, problem.id) not in self._done for problem in chunk)]
+        fits = options.rollouts_per_batch
         with self._progress(f"{source}, T = {temperature:g}", len(missing)) as (on_problems, on_tokens):
             for chunk in chunks:
                 seed = random.Random(f"{options.seed}:{temperature}:{chunk[0].id}").getrandbits(63)
@@ -989,6 +1034,9 @@ class Session:
                 data.append_lines(self.path, [asdict(found) for found in fresh])
                 self._done |= {(key, found.id): found for found in fresh}
                 on_problems(len(fresh))
+                if self._engine(yarn).rollouts_per_batch < fits:
+                    fits = self._engine(yarn).rollouts_per_batch
+                    print(f"memory ran out; what fits, for next time: --rollouts-per-batch {fits}", file=sys.stderr)
         return [self._done[key, problem.id] for problem in problems]
 
     def _engine(self, yarn: Mapping[str, Any] | None) -> Engine:

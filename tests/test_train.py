@@ -26,11 +26,12 @@ SMALL = ["--warmup-steps", "30", "--prompts-per-step", "8", "--group-size", "4",
          "--eval-problems", "8", "--eval-rollouts", "2", "--eval-every", "2", "--checkpoint-every", "2"]
 STEPS = 9  # enough that a kill or Ctrl-C after the first ones comes before the last
 METRICS = [
-    "step", "stage", "reward/mean", "reward/solve_none", "reward/solve_all", "batch/informative", "batch/rescued",
+    "step", "stage", "reward/mean", "reward/solve_none", "reward/solve_all", "reward/timeout",
+    "batch/informative", "batch/rescued",
     "batch/substituted", "response/tokens_mean", "response/tokens_max", "response/truncated", "sampling/temperature",
     "diversity/distinct_4", "diversity/distinct_4_fixed", "policy/entropy", "policy/loss", "policy/clip_fraction",
     "mismatch/kl", "mismatch/ratio_mean", "mismatch/ratio_max", "mismatch/cut",
-    "optim/grad_norm", "optim/lr", "time/rollout", "time/reward",
+    "optim/grad_norm", "optim/skipped", "optim/lr", "time/rollout", "time/reward",
     "time/update", "time/sync", "time/step",
     "tokens/rollout", "tokens/per_second", "tokens/update", "tokens/update_release",
     "memory/rollout_gib", "memory/update_gib",
