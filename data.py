@@ -13,9 +13,11 @@ streaming (40,000 problems fit in memory), images, tool calls, conversations of 
 """
 from __future__ import annotations
 
+import contextlib
 import difflib
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -42,6 +44,26 @@ Chat = list[dict[str, str]]
 
 class DataError(ValueError):
     """Say in one line what is wrong with the input, where, and what would be right."""
+
+
+def read_options(kind: Any, arguments: Sequence[str], program: str, **settings: Any) -> Any:
+    """Parse a command line by tyro.
+
+    Raises: DataError that says in one line what is wrong, and which options are meant.
+    """
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=arguments, prog=program, **settings)
+    except SystemExit as ended:
+        if ended.code == 0:  # --help
+            raise
+    lines = [line.strip("│ ") for line in said.getvalue().splitlines()[1:-1]]  # in a box, under a title
+    end = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
+    meant = [line for line in lines[end:] if line.startswith("--")]
+    raise DataError("; ".join([" ".join(lines[:end]), *meant, f"see python {program} --help"]))
 
 
 # ----------------------------------------------------------------- loading problems
@@ -863,8 +885,10 @@ def main(arguments: Sequence[str]) -> None:
 
     if arguments[:1] == ["measure"]:  # needs an engine, and imports go one way
         os.execv(sys.executable, [sys.executable, str(Path(__file__).with_name("rollout.py")), *arguments])
+    if arguments and arguments[0] not in ("filter", "histogram", "-h", "--help"):
+        raise DataError(f"command is {arguments[0]}: give one of measure, filter, histogram")
     commands: Any = Measure | Filter | Annotated[Histogram, tyro.conf.PositionalRequiredArgs]
-    options = tyro.cli(commands, args=arguments, prog="data.py", description=__doc__)
+    options = read_options(commands, arguments, "data.py", description=__doc__)
     if isinstance(options, Filter):
         filter_problems(options)
     else:

@@ -18,6 +18,7 @@ import math
 import random
 import re
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
@@ -124,6 +125,8 @@ class Common:
     trainer agree better (arXiv 2510.26788)."""
     trust_remote_code: bool = False
     """Run Python code that a model's repository brings along. Only for repositories that you have read."""
+    allow_pickled_weights: bool = False
+    """Load weights that are no safetensors. Pickled ones can run code: only from those whom you trust."""
     skip_bad_rows: bool = False
     """Leave out rows that cannot be used (and say how many) instead of ending with an error."""
     prompt_suffix: str = "Let's think step by step and output the final answer within \\boxed{}."
@@ -138,7 +141,7 @@ class Common:
     rollouts_per_batch: int = 256
     """Responses that are generated side by side: memory and speed. Another number draws other responses."""
     engine_timeout: float = 600.0
-    """Seconds without a new token after which vLLM counts as hung, and the process ends: to be resumed."""
+    """Seconds without a new token after which vLLM counts as hung, and the process saves what it has and ends."""
     require_think: bool = True
     """With a model whose chat template knows <think>, grade only what follows </think>. Source: release."""
     reward: str | None = None
@@ -356,9 +359,10 @@ def _check(config: Config) -> None:
         require(config, ok, name, advice, value)
 
     need(len(config.stages) > 0, "stages", "give at least one stage")
-    for number, stage in enumerate(config.stages, start=1):
-        need(stage.steps >= 1, f"stages[{number}].steps", "give at least 1", stage.steps)
-        need(stage.temperature == "auto" or 0 < stage.temperature < math.inf, "temperature",
+    for place, stage in enumerate(config.stages, start=1):
+        need(stage.steps >= 1, f"stages[{place}].steps", "give at least 1", stage.steps)
+        number = isinstance(stage.temperature, (int, float)) and 0 < stage.temperature < math.inf
+        need(number or stage.temperature == "auto", "temperature",
              "give auto or a value above 0 (a greedy policy samples G equal responses, which teach nothing)",
              stage.temperature)
         need(stage.max_response_tokens >= 1, "max_response_tokens", "give at least 1", stage.max_response_tokens)
@@ -833,4 +837,7 @@ def _tour() -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(f"polaris_mini.py: error: there are no options: {' '.join(sys.argv[1:])}", file=sys.stderr)
+        sys.exit(2)
     _tour()

@@ -37,7 +37,7 @@ from decimal import Decimal
 from itertools import groupby, pairwise
 from pathlib import Path
 from subprocess import PIPE, Popen
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 Reason = Literal["correct", "wrong", "no_answer", "no_think_end", "truncated", "timeout", "invalid_gold"]
 Answers = str | int | float | Sequence[str | int | float]  # the ground truth of a problem, or several
@@ -529,6 +529,8 @@ def _own_function(name: str) -> Callable[..., float]:
     sys.path.insert(0, os.getcwd())
     module, _, attribute = name.partition(":")
     function = getattr(importlib.import_module(module), attribute)
+    if not callable(function):
+        raise TypeError(f"{function!r:.60} is no function")
 
     def best(response: str, answers: Any, pickled: str) -> float:
         choices = answers if isinstance(answers, list) else [answers]
@@ -560,8 +562,15 @@ def _read_rows(path: str) -> list[dict[str, Any]]:
     return rows
 
 
+class Parser(argparse.ArgumentParser):
+    """Errors of one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Grade the responses in a JSON-lines file.")
+    parser = Parser(description="Grade the responses in a JSON-lines file.")
     parser.add_argument("file", help='rows with "response", "answer" and, if known, "id" and "truncated"')
     parser.add_argument("--no-require-think", action="store_true", help="accept a response without </think>")
     parser.add_argument("--timeout", type=float, default=3.0, help="seconds for one comparison (default 3)")
@@ -572,9 +581,9 @@ def main() -> None:
         rows = _read_rows(options.file)
         pool = RewardPool(options.workers, options.timeout, not options.no_require_think, function=options.reward)
     except OSError as error:
-        parser.exit(2, f"{options.file}: {error.strerror}: give the path of a JSON-lines file\n")
+        parser.error(f"{options.file}: {error.strerror}: give the path of a JSON-lines file")
     except (ValueError, RewardError) as error:
-        parser.exit(2, f"{error}\n")
+        parser.error(str(error))
     with pool:
         grades = pool.grade([(row["response"], row["answer"], bool(row.get("truncated"))) for row in rows])
     for row, result in zip(rows, grades, strict=True):

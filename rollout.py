@@ -36,6 +36,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache, GenerationConfig,
@@ -49,7 +50,7 @@ from polaris_mini import (
     Common, Group, Problem, Rollout, Zones, mean_and_interval, mean_distinct_n, pass_at_k, pick_temperature, require,
     temperature_grid, temperature_zones, yarn_config,
 )
-from reward import Grade, RewardPool, check_answer
+from reward import Grade, RewardError, RewardPool, check_answer
 
 # -------------------------------------------------------------- models from disk or hub
 
@@ -87,7 +88,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 def load_model(
     name: str, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False,
-    rope: Mapping[str, Any] | None = None, four_bits: bool = False,
+    allow_pickled_weights: bool = False, rope: Mapping[str, Any] | None = None, four_bits: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model from a folder or the hub, with other rope settings (see `yarn_config`) if given.
 
@@ -95,8 +96,7 @@ def load_model(
 
     Raises: ModelError if the folder has no weights or the model cannot be loaded.
     """
-    weights = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-    _check_folder(name, weights, "safetensors weights")
+    _check_weights(name, allow_pickled_weights)
     base = base_model(name)
     try:
         settings = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
@@ -105,16 +105,23 @@ def load_model(
             text.rope_parameters = {**text.rope_parameters, **rope}
             text.max_position_embeddings = round(rope["factor"] * rope["original_max_position_embeddings"])
         model = AutoModelForCausalLM.from_pretrained(
-            base, config=settings, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True,
+            base, config=settings, dtype=dtype, trust_remote_code=trust_remote_code,
+            use_safetensors=None if allow_pickled_weights else True,
             attn_implementation="sdpa", **(quantized(dtype, device) if four_bits else {}),
         )
         if base != name:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, name).merge_and_unload()
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model is {name}: it does not load: {_first_line(error)}") from error
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise _not_loaded(name, error) from error
     return model if four_bits else model.to(device)  # type: ignore[arg-type]
+
+
+def _not_loaded(name: str, error: Exception) -> ModelError:
+    if "trust_remote_code" in str(error):
+        return ModelError(f"model is {name}: it brings code of its own; read it, then give --trust-remote-code")
+    return ModelError(f"model is {name}: it does not load: {_first_line(error)}")
 
 
 def quantized(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -128,6 +135,19 @@ def base_model(name: str) -> str:
     """Return the model that the LoRA adapter of this name belongs to; any other model as it is."""
     adapter = Path(name).expanduser() / "adapter_config.json"
     return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else name
+
+
+def _check_weights(name: str, allow_pickled: bool) -> None:
+    folder = Path(name).expanduser()
+    safe, pickled = (any((folder / file).is_file() for file in files) for files in (WEIGHTS, PICKLED))
+    if pickled and not (safe or allow_pickled):
+        raise ModelError(f"model is {name}: its weights are pickled, which can run code as they are loaded: give "
+                         "--allow-pickled-weights if you trust who made them")
+    _check_folder(name, (*WEIGHTS, *PICKLED), "weights")
+
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 
 
 def _check_folder(name: str, any_of: Sequence[str], what: str) -> None:
@@ -410,6 +430,9 @@ class VLLMEngine:
             raise ModelError(f"device is {settings.device}: vllm takes the first GPU that it sees; start with "
                              f"CUDA_VISIBLE_DEVICES={device.index} and without --device, or take --engine hf")
         dtype = resolve_dtype(settings, device)
+        if weights == "disk":
+            _check_weights(model, settings.allow_pickled_weights)
+        on_disk = "auto" if settings.allow_pickled_weights else "safetensors"
         self.sleeps, self.dtype = device.type == "cuda" and weights == "policy", dtype
         config = AutoConfig.from_pretrained(model, trust_remote_code=settings.trust_remote_code)
         text = config.get_text_config()
@@ -421,12 +444,13 @@ class VLLMEngine:
         self._move_policy(torch.device("cpu"))
         cache_bytes = kv_cache_bytes(config, settings, max_tokens, reserved_bytes)
         self.time_limit = settings.engine_timeout
+        self.on_hang: Callable[[], None] = lambda: None
         self.rollouts_per_batch = self._planned = settings.rollouts_per_batch
         try:
             self.llm = LLM(
                 model=model, dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
                 seed=settings.seed, hf_overrides=overrides,
-                load_format="auto" if weights == "disk" else "dummy", trust_remote_code=settings.trust_remote_code,
+                load_format="dummy" if weights == "policy" else on_disk, trust_remote_code=settings.trust_remote_code,
                 max_model_len=max_tokens, max_num_seqs=settings.rollouts_per_batch, kv_cache_memory_bytes=cache_bytes,
                 logprobs_mode="processed_logprobs",  # at the temperature; the default's are at 1
                 gpu_memory_utilization=0.01,  # what vLLM insists on finding free; the cache's size is given
@@ -434,7 +458,7 @@ class VLLMEngine:
                 enable_sleep_mode=self.sleeps, enforce_eager=device.type != "cuda",
                 distributed_executor_backend="external_launcher" if rank_count() > 1 else None,  # one engine per rank
             )
-        except (ValueError, RuntimeError, OSError) as error:
+        except (ValueError, RuntimeError, OSError, SafetensorError) as error:
             raise ModelError(f"engine is vllm: it does not start with model {model} ({_first_line(error)}): lower "
                              "--max-response-tokens or --rollouts-per-batch if memory is short, or take --engine hf"
                              ) from error
@@ -534,6 +558,9 @@ class VLLMEngine:
                 if time.monotonic() - last > self.time_limit:
                     print(f"error: engine is vllm: no new token for {self.time_limit:g} s, it hangs: raise "
                           "--engine-timeout if that is too short, or take --engine hf", file=sys.stderr, flush=True)
+                    saving = threading.Thread(target=self.on_hang, daemon=True)
+                    saving.start()
+                    saving.join(60)  # the device may hang too
                     os._exit(2)
 
         threading.Thread(target=watch, daemon=True).start()
@@ -974,6 +1001,9 @@ class Session:
         self.device, self.vllm = resolve_device(options.device), uses_vllm(options)
         self.model = toy_folder() if options.model == "toy" else options.model
         self.tokenizer = load_tokenizer(self.model, trust_remote_code=options.trust_remote_code)
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+        if not above.is_dir():
+            raise DataError(f"{path} cannot be made, as {above} is no folder: give another --out")
         self.pool = reward_pool(options, self.tokenizer)
         self._engine_with: tuple[str, HFEngine | VLLMEngine] | None = None  # its rope, as a key
         self._longest_prompt = 0
@@ -1048,7 +1078,8 @@ class Session:
 
             def load(device: torch.device) -> PreTrainedModel:
                 return load_model(self.model, dtype=resolve_dtype(options, self.device), device=device, rope=rope,
-                                  trust_remote_code=options.trust_remote_code)
+                                  trust_remote_code=options.trust_remote_code,
+                                  allow_pickled_weights=options.allow_pickled_weights)
 
             if self.vllm:
                 base, longest = base_model(self.model), self._longest_prompt + options.max_response_tokens
@@ -1246,8 +1277,6 @@ COMMANDS: dict[str, tuple[type[Command], Callable[[Any], None]]] = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    import tyro
-
     if not arguments or arguments[0] not in COMMANDS:
         print(__doc__)
         if arguments and arguments[0] not in ("-h", "--help"):
@@ -1255,13 +1284,13 @@ def main(arguments: Sequence[str]) -> None:
         return
     transformers_logging.disable_progress_bar()
     options_class, command = COMMANDS[arguments[0]]
-    command(tyro.cli(options_class, args=arguments[1:], prog=f"rollout.py {arguments[0]}"))
+    command(data.read_options(options_class, arguments[1:], f"rollout.py {arguments[0]}"))
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, RewardError, OSError) as error:
         print(f"rollout.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -23,6 +23,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import inspect
 import itertools
 import json
@@ -1060,6 +1061,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], conf
 def set_up(config: Config, run: Run, display: Display) -> Setup:
     """Load and check everything, cheapest first, so that bad input ends before it costs time."""
     device, vllm = resolve_device(config.device), uses_vllm(config)
+    choose_attention(config, device)
+    if config.track != "none" and importlib.util.find_spec(config.track) is None:
+        raise ConfigError(f"track is {config.track}: not installed; pip install {config.track}, or leave it out")
     training, evaluation = load_data(config)
     warmup = data.load_worked_examples(config.warmup) if config.warmup else []
     toy = config.model == "toy"
@@ -1124,7 +1128,8 @@ def make_engine(
     if is_sharded(policy):
         device = causal_lm(policy).device
         policy = load_model(source, dtype=resolve_dtype(config, device), device=device,
-                            trust_remote_code=config.trust_remote_code)
+                            trust_remote_code=config.trust_remote_code,
+                            allow_pickled_weights=config.allow_pickled_weights)
     return HFEngine(policy, tokenizer, config)
 
 
@@ -1148,7 +1153,8 @@ def load_policy(config: Config, source: str, checkpoint: Path | None, device: to
     model = load_model(
         source if lora or checkpoint is None else str(checkpoint),
         dtype=stored_dtype(config, resolve_dtype(config, device)), device=device,
-        trust_remote_code=config.trust_remote_code, four_bits=config.quantize_base,
+        trust_remote_code=config.trust_remote_code, allow_pickled_weights=config.allow_pickled_weights,
+        four_bits=config.quantize_base,
     )
     return prepare_policy(model, config, checkpoint)
 
@@ -1660,22 +1666,19 @@ def start_tracker(config: Config, folder: Path) -> Callable[[dict[str, float], i
     """Return what takes each step's metrics: a tracker, or nothing at all."""
     if config.track == "none":
         return lambda metrics, step: None
-    try:
-        if config.track == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+    if config.track == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(folder / "tensorboard"))
+        writer = SummaryWriter(str(folder / "tensorboard"))
 
-            def write(metrics: dict[str, float], step: int) -> None:
-                for name, value in metrics.items():
-                    writer.add_scalar(name, value, step)
-                writer.flush()
+        def write(metrics: dict[str, float], step: int) -> None:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
 
-            return write
-        os.environ.setdefault("WANDB_DIR", str(folder))
-        tracker = importlib.import_module(config.track)
-    except ImportError as error:
-        raise DataError(f"track is {config.track}: not installed ({error}); pip install {config.track}") from error
+        return write
+    os.environ.setdefault("WANDB_DIR", str(folder))
+    tracker = importlib.import_module(config.track)
     session = tracker.init(project="polaris-mini", name=folder.name, config=asdict(config))
     return lambda metrics, step: session.log(metrics, step=step)
 
@@ -1965,6 +1968,7 @@ def finish(run: Run, config: Config, display: Display, interrupted: bool) -> Non
             table.add_row(name, str(e["step"]), f"{e['avg_at_k']:.1%}", f"{low:.1%} - {high:.1%}",
                           f"{e['pass_at_k'][-1]:.1%}", f"{e['tokens_mean']:.0f}", f"{e['truncated']:.1%}")
         display.console.print(table)
+    shutil.rmtree(folder / "drawn", ignore_errors=True)  # the last evaluation's
     display.note(f"plot        {draw(folder)}")
     display.note(f"checkpoint  {checkpoint}  (AutoModelForCausalLM.from_pretrained reads it)")
     display.note("try next")
@@ -2650,9 +2654,11 @@ def read_config(arguments: Sequence[str], needs_data: bool = True) -> Config:
             raise ConfigError(f"model is {model}, but data is missing: give --data FILE_OR_HUB_NAME (or --data toy)")
         default = PRESETS[preset]
     try:
-        config = tyro.cli(
-            Config, args=arguments, default=default, prog="train.py", description=__doc__, registry=stage_options()
+        config = data.read_options(
+            Config, arguments, "train.py", default=default, description=__doc__, registry=stage_options()
         )
+    except DataError:
+        raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if resume is not None:
@@ -2723,12 +2729,10 @@ def saved_config(folder: Path) -> Config:
 
 def run_folder(config: Config) -> Path:
     """Choose the folder of a new run, or the resumed one."""
-    if config.resume is not None:
-        return Path(config.resume)
-    folder = Path(config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-    if leads() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    folder = Path(config.resume or config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    if leads() and not config.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"run_dir is {folder}: it exists already; go on with --resume {folder}, or give another")
-    above = next(path for path in folder.absolute().parents if path.exists())
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
         tempfile.TemporaryDirectory(dir=above).cleanup()
     except OSError as error:
@@ -2747,12 +2751,13 @@ def main(arguments: Sequence[str]) -> None:
         return
     if arguments[:1] == ["ablate"]:
         refuse_torchrun("ablate")
-        options, others = tyro.cli(Ablate, args=arguments[1:], prog="train.py ablate", return_unknown_args=True)
+        options, others = data.read_options(Ablate, arguments[1:], "train.py ablate", return_unknown_args=True)
         run_ablation(options, read_config(others), display)
         return
     if arguments[:1] == ["plan"]:
         refuse_torchrun("plan")
-        planned, others = tyro.cli(PlanOptions, args=arguments[1:], prog="train.py plan", return_unknown_args=True)
+        planned, others = data.read_options(PlanOptions, arguments[1:], "train.py plan",
+                                            return_unknown_args=True)
         run_plan(planned, read_config(others, needs_data=False), display)
         return
     config = read_config(arguments)
@@ -2778,6 +2783,8 @@ def run_training(config: Config, display: Display) -> tuple[Run, int]:
             return run, 0
         if rank_count() > 1:
             setup.engine = RanksEngine(setup.engine, interrupt)
+        if isinstance(setup.engine, VLLMEngine):
+            setup.engine.on_hang = lambda: save_checkpoint(setup, config, run)
         interrupt.finish_steps = True
         try:
             train(setup, config, run, display, interrupt)
@@ -2794,7 +2801,7 @@ def run_training(config: Config, display: Display) -> tuple[Run, int]:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (DataError, ModelError, ConfigError, RewardError, OSError) as error:
+    except (DataError, ModelError, ConfigError, RewardError, OSError, sqlite3.Error) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

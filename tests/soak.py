@@ -37,6 +37,7 @@ COIN = "import zlib\n\ndef score(response, answer, problem):\n    return float(z
 OPTIONS = ["--data", "toy", "--reward", "coin:score", "--prompts-per-step", "6", "--group-size", "4", "--eval-problems",
            "8", "--eval-rollouts", "2", "--eval-every", "4", "--checkpoint-every", "3", "--lr", "1e-3", "--stages",
            "9:1.0:10", "9:auto:14", "--probe-problems", "4", "--updates-per-batch", "2"]  # fmt: skip
+STEPS = 18
 LOGS = ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl", "scores.jsonl", "probes.jsonl")
 MEASURED = ("time/", "memory/", "tokens/per_second")
 KINDS = {"trainer, random moment": 2, "trainer, at a file operation": 3, "reward worker": 1}  # and how often
@@ -145,8 +146,10 @@ class Soak:
             (run / "done").touch()
         elif ended.returncode == -signal.SIGKILL:
             killed += 1
-            if witness.exists():  # steps and numbers of processes do not matter
-                self.counts[f"of these, at {re.sub('[0-9a-f]{4,}', '*', witness.read_text())}"] += 1
+            if witness.exists():
+                file = witness.read_text()
+                file = "the run's folder" if file == run.name else re.sub("[0-9a-f]{4,}|[0-9]+", "*", file)
+                self.counts[f"of these, at {file}"] += 1
         else:
             self.faults.append(f"{run.name}, {kind}: exit code {ended.returncode}: {ended.stderr[-300:]}")
             (run / "done").touch()
@@ -158,7 +161,7 @@ class Soak:
         return {path: path.stat().st_ino for path in found}
 
     def _compare_precious(self, run: Path, before: dict[Path, int], kind: str) -> None:
-        """Find what was lost or drawn again: it may only leave for a newer checkpoint, a whole one."""
+        """Find what was lost or drawn again: it may only leave for a newer checkpoint, a whole one, or at the run's end."""
         checkpoints = train.Run(run).checkpoints()
         for checkpoint in checkpoints:
             if (fault := train.damage(checkpoint)) is not None:
@@ -168,7 +171,7 @@ class Soak:
         self.counts["drawn responses that a resume found"] += sum(path.suffix == ".json" for path in before)
         for path, number in before.items():
             step = train.step_of(path.parent if path.suffix else path)
-            if now.get(path, number) != number or (path not in now and step >= newest):
+            if now.get(path, number) != number or (path not in now and step >= newest and newest < STEPS):
                 self.faults.append(f"{run.name}, {kind}: {path.name} of step {step} is lost or was made again")
 
     def _compare(self, run: Path) -> None:

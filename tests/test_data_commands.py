@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -197,54 +196,6 @@ def test_bars_stand_beside_each_other() -> None:
 
 
 # ----------------------------------------------------------------------------- errors
-
-
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["filter", "--scores", "scores.jsonl", "--out", "out.csv"], "--out out.csv: give a name .* .jsonl or .parquet"),
-    (["filter", "--scores", "scores.jsonl", "--out", "no/out.jsonl"], "--out no/out.jsonl: there is no folder no: m"),
-    (["filter", "--scores", "scores.jsonl", "--out", "scores.jsonl"], "--out scores.jsonl: exists already: give anoth"),
-    (["filter", "--scores", "score.jsonl", "--out", "out.jsonl"], "no such file: did you mean scores.jsonl"),
-    (["filter", "--scores", "scores", "--out", "out.jsonl"], "'scores' is neither a file nor"),
-    (["filter", "--scores", "unmeasured.jsonl", "--out", "out.jsonl"],
-     r"unmeasured.jsonl: problem b has no pass rate: measure first \(python data.py measure\)"),
-    (["filter", "--scores", "scores.jsonl", "--out", "out.jsonl", "--min-pass-rate", "1", "--max-pass-rate", "1"],
-     "scores.jsonl: no problem has a pass rate from 1.0 to 1.0: widen the range"),
-    *((["filter", "--scores", "scores.jsonl", "--out", "out.jsonl", *limits],
-       "--min-pass-rate is .*, --max-pass-rate .*: give shares, 0 <= min <= max <= 1") for limits in (
-        ["--min-pass-rate", "1"], ["--max-pass-rate", "8"], ["--min-pass-rate", "-1"], ["--max-pass-rate", "nan"])),
-    (["histogram"], "histogram has no file: give one"),
-    (["histogram", "scores.jsonl", "unmeasured.jsonl"], "unmeasured.jsonl: problem b has no pass rate: measure first"),
-    (["histogram", "scores.jsonl", "--out", "scores.jsonl"], "--out scores.jsonl: give a name that ends in .png"),
-    (["histogram", "scores.jsonl", "--out", "no/out.png"], "--out no/out.png: there is no folder no: make it first"),
-])  # fmt: skip
-def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    written = scores(tmp_path / "scores.jsonl", [0, 4]).read_text()
-    measured, unmeasured = ({"problem": f"{name}?", "answer": "1", "id": name} for name in "ab")
-    Path("unmeasured.jsonl").write_text(f'{json.dumps(measured | {"pass_rate": 0})}\n{json.dumps(unmeasured)}\n')
-    with pytest.raises(DataError, match=message) as caught:
-        run(*arguments)
-    assert "\n" not in str(caught.value)
-    assert sorted(os.listdir()) == ["scores.jsonl", "unmeasured.jsonl"]  # nothing was written
-    assert Path("scores.jsonl").read_text() == written
-
-
-def test_mistakes_end_with_one_line_and_code_2(tmp_path: Path) -> None:
-    source = scores(tmp_path / "scores.jsonl", [0, 4])
-    locked = tmp_path / "out.png"
-    locked.mkdir()
-    for arguments, message in [
-        (["filter", "--scores", source, "--out", source], f"--out {source}: exists already"),
-        (["histogram", tmp_path / "no.jsonl"], "there is no such file: did you mean scores.jsonl?"),
-        (["histogram", source, "--out", locked], "Is a directory"),  # as the operating system says it
-    ]:
-        ended = command(*arguments)
-        assert ended.returncode == 2, ended.stderr
-        assert re.fullmatch(rf"data\.py: error: .*{re.escape(message)}.*\n", ended.stderr), ended.stderr
-    for arguments in ([], ["filter"], ["sort"], ["filter", "--scores", source, "--out", "a.jsonl", "--layout", "odd"]):
-        ended = command(*arguments)
-        assert ended.returncode == 2, ended.stdout
-        assert "Traceback" not in ended.stderr
 
 
 def test_help_names_every_command_and_option() -> None:

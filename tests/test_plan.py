@@ -158,18 +158,6 @@ def test_plan_shortens_responses_and_rows_where_nothing_else_helps(capsys, tmp_p
     assert "\nfits: " in shown(capsys, f"{asked} {changes_in(output)}")
 
 
-@pytest.mark.parametrize("wrong", ["--gpu-memory 0", "--gpus 0"])
-def test_plan_for_no_gpu_is_an_error(capsys, wrong):
-    with pytest.raises(train.ConfigError, match="give GiB above 0, and at least 1"):
-        shown(capsys, wrong)
-
-
-def test_plan_of_a_model_that_cannot_be_read_is_one_line(run_train, tmp_path):
-    result = run_train("plan", "--model", tmp_path)
-    assert result.returncode == 2
-    assert f"model is {tmp_path}: no config.json of it can be read" in result.stderr
-
-
 def test_measured_peaks_stand_beside_the_planned_ones(capsys):
     plan = train.MemoryPlan({"rollout": {"policy": 2 * train.GIB}, "backward": {"policy": 1 * train.GIB}}, 3.0)
     train.show_plan(plan, 4 * train.GIB, train.Display(), {"backward": 1.25 * train.GIB})

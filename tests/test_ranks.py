@@ -4,6 +4,7 @@ This file is also the script that torchrun starts.
 """
 from __future__ import annotations
 
+import functools
 import signal
 import subprocess
 import sys
@@ -210,7 +211,8 @@ def test_ctrl_c_waits_for_what_other_ranks_take_part_in_and_a_second_one_is_neve
     handlers: list[Any] = []
     monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.append(handler))
     interrupt = train.Interrupt()
-    ctrl_c = handlers[0]
+    interrupt.finish_steps = True
+    ctrl_c = functools.partial(handlers[0], signal.SIGINT, None)
     reached = []
     with interrupt.may_drop_step():
         with interrupt.must_finish():

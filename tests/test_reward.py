@@ -734,7 +734,7 @@ def test_the_command_grades_by_a_reward_of_ones_own(tmp_path: Path, monkeypatch:
 def test_the_command_refuses_bad_settings(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     result = run_command(str(tmp_path / "empty.jsonl"), "--timeout", "0")
-    assert (result.returncode, result.stderr) == (2, "timeout is 0.0: give a number above 0\n")
+    assert (result.returncode, result.stderr) == (2, "reward.py: error: timeout is 0.0: give a number above 0\n")
     result = run_command(str(tmp_path / "empty.jsonl"))
     assert (result.returncode, result.stdout) == (0, "")
 

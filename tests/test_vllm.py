@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import data
 from polaris_mini import Config, icepop_ratio, truncated_ratio, yarn_config
 from rollout import (
-    EngineError, HFEngine, ModelError, Sampling, VLLMEngine, causal_lm, kv_cache_bytes, load_model, policy_weights,
-    uses_vllm,
+    EngineError, HFEngine, ModelError, Sampling, VLLMEngine, causal_lm, generate_once, kv_cache_bytes, load_model,
+    policy_weights, uses_vllm,
 )
 from train import add_lora
 
@@ -161,11 +161,34 @@ def test_a_cache_too_small_for_one_response_says_what_would_fit():
     assert cache == 2 * 2 * 2 * 32 * 4 * 228 * 8  # keys and values, layers, heads, width, bytes, tokens, sequences
 
 
+def test_generation_without_memory_goes_on_with_fewer_at_once(tmp_path, monkeypatch):
+    policy = tiny_model("qwen3", tied=True, head_dim=32)
+    with vllm_engine(saved(policy, tmp_path)) as engine:
+        real, running = engine.llm.llm_engine.step, []
+
+        def step():
+            running.append(engine.llm.llm_engine.get_num_unfinished_requests())
+            if len(running) == 3:  # in the middle of it
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return real()
+
+        monkeypatch.setattr(engine.llm.llm_engine, "step", step)
+        drawn = dict(generate_once(engine, prompts(), 4, Sampling(1.0, 20, seed=1), None, None))
+        assert sorted(drawn) == list(range(6))
+        assert engine.rollouts_per_batch == 8
+        assert max(running[:3]) == 6 * 4
+        assert max(running[3:]) == 2 * 4
+        for i, responses in drawn.items():
+            for r in responses:
+                expected = logprobs_of(policy, prompts()[i], r.tokens, 1.0)
+                assert torch.tensor(r.sampler_logprobs) == pytest.approx(expected, abs=2e-5)
+
+
 def test_what_vllm_refuses_is_one_error(tmp_path):
     folder = saved(tiny_model("qwen3", tied=True, head_dim=8), tmp_path)  # its CPU kernels know no such narrow heads
     with vllm_engine(folder) as engine, pytest.raises(EngineError, match=r"while it generated \(Unsupported CPU"):
         dict(engine.generate(prompts(), 1, Sampling(1.0, 5, seed=0)))
-    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(ModelError, match=r"engine is vllm: it does not start .* --engine hf"):
         VLLMEngine(str(folder), TOKENIZER, Config(device="cpu"), max_tokens=100)
 
