@@ -303,6 +303,8 @@ class Config(Common):
     """Steps between checkpoints; one is always saved at the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep; the one with the best evaluation is kept too."""
+    report_every: int = 0
+    """Steps between rewritings of the run's page, report.html; 0: at the end only."""
     track: Literal["none", "wandb", "tensorboard", "trackio"] = "none"
     """Also send the metrics to this tracker, if it is installed."""
 
@@ -393,6 +395,7 @@ def _check(config: Config) -> None:
          r"with process_reward core, let it ask for intermediate results: ... Put each of them in \underline{}.")
     need(0 <= config.min_overlap <= 1, "min_overlap", "give a share from 0 (keeps all) to 1")
     need(config.process_reward == "core" or config.min_overlap == 0, "min_overlap", "it needs --process-reward core")
+    need(config.report_every >= 0, "report_every", "give steps, or 0 for the end only")
     need(config.eval_every >= -1, "eval_every", "give steps, 0 (first and last only) or -1 (never)")
     need(config.eval_temperature is None or 0 < config.eval_temperature < math.inf, "eval_temperature",
          "give a value above 0")

@@ -4,7 +4,7 @@
     python train.py --preset rtx-24gb --data problems.jsonl    # Qwen3-1.7B on one GPU of 24 GB
     python train.py --resume runs/NAME [--steps 200]       # go on where a run stopped
     python train.py ablate                                 # what each mechanism does, in the toy world
-    python train.py plot runs/NAME                         # draw its curves again
+    python train.py report runs/NAME [runs/OTHER]          # a page about runs: curves, difficulty, rollouts
     python train.py plan --preset rtx-24gb                 # what it takes of a GPU's memory, and what would fit
     torchrun --nproc_per_node 2 train.py --model …         # on two GPUs
     python train.py --help                                 # every setting, with its source
@@ -17,10 +17,12 @@ Left out: several machines, critics, KL and entropy terms, asynchronous rollouts
 """
 from __future__ import annotations
 
+import base64
 import contextlib
 import copy
 import fcntl
 import functools
+import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -79,7 +81,7 @@ from data import DataError, ProblemSampler, Sink
 from polaris_mini import (
     PRESETS, Common, Config, Group, Problem, Rollout, Stage, advantages, core_rewards, difficulty_histogram,
     icepop_ratio, low_overlap, mastered, mean_and_interval, mean_distinct_n, pick_temperature, plateaued,
-    policy_loss, rescue, substitute, temperature_grid, truncated_ratio,
+    policy_loss, rescue, substitute, temperature_grid, temperature_zones, truncated_ratio,
 )
 from reward import RewardError, RewardPool
 from rollout import (
@@ -118,12 +120,11 @@ def train(setup: Setup, config: Config, run: Run, display: Display, interrupt: I
         if interrupt.requested:
             break
 
-        # 2. REWARD      1 if the boxed answer is right, else 0, graded since each group ended; raw scores are logged
+        # 2. REWARD      1 if the boxed answer is right, else 0, graded since each group ended
         with clock("reward"), display.phase("reward"):
             set_rewards(gradings)
             if config.process_reward == "core":
                 state.overlaps |= core_rewards(groups, state.consensus)
-            run.log_rollouts(state.step + 1, groups)
 
         # 3. RESCUE      a group without a correct rollout borrows one that its problem once had
         batch = rescue(groups, state.sink, rng) if config.rescue else groups
@@ -147,6 +148,7 @@ def train(setup: Setup, config: Config, run: Run, display: Display, interrupt: I
         state.step += 1
         state.sink.commit(state.step)
         state.rewards.append(mean_reward(groups))
+        run.log_rollouts(state.step, groups, batch, setup.tokenizer)
         metrics = step_metrics(config, state, groups, batch, update, clock)
         try:
             if is_evaluation_step(config, state):
@@ -158,6 +160,8 @@ def train(setup: Setup, config: Config, run: Run, display: Display, interrupt: I
         config = with_what_fits(config, setup.engine, update, display)
         if state.step % config.checkpoint_every == 0:
             save_checkpoint(setup, config, run)
+        if config.report_every and state.step % config.report_every == 0:
+            write_report([run.folder])
     save_checkpoint(setup, config, run)
 
 
@@ -1485,7 +1489,7 @@ def restore(
 
 
 class Run:
-    """The folder of a run: config.json, the jsonl logs, checkpoints/, plots/."""
+    """The folder of a run: config.json, the jsonl logs, checkpoints/, drawn/, report.html."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -1562,14 +1566,32 @@ class Run:
     def has_evaluation(self, step: int) -> bool:
         return any(line["step"] == step for line in data.read_lines(self.folder / "evaluations.jsonl"))
 
-    def log_rollouts(self, step: int, groups: Sequence[Group]) -> None:
-        """Write down every rollout as it was drawn, and each problem's pass rate."""
-        self._append("rollouts.jsonl", [
-            {"step": step, "id": group.problem.id, "response": rollout.text, "answer": group.problem.answers,
-             "reward": rollout.reward, "reason": rollout.reason, "tokens": len(rollout.response_tokens),
-             "truncated": rollout.truncated}
-            for group in groups for rollout in group.rollouts
-        ])
+    def log_rollouts(
+        self, step: int, groups: Sequence[Group], batch: Sequence[Group], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Write down every rollout that was drawn or borrowed, what became of it, and each problem's pass rate.
+
+        weight: the places that its group has in the batch; 0: none. pieces: of the first group's responses each token's
+        text and log-prob.
+        """
+        trained = {group.problem.id: group for group in batch}
+        lines = []
+        for group in groups:
+            in_batch = trained.get(group.problem.id, group)
+            weight = in_batch.weight if group.problem.id in trained else 0
+            borrowed = [rollout for rollout in in_batch.rollouts if rollout.rescued]
+            for rollout in [*group.rollouts, *borrowed]:
+                lines.append({
+                    "step": step, "id": group.problem.id, "problem": group.problem.text, "response": rollout.text,
+                    "answer": group.problem.answers, "reward": rollout.reward, "reason": rollout.reason,
+                    "tokens": len(rollout.response_tokens), "truncated": rollout.truncated,
+                    "advantage": rollout.advantage, "weight": weight, "rescued": rollout.rescued,
+                })
+                if group is groups[0]:
+                    texts = tokenizer.batch_decode([[token] for token in rollout.response_tokens])
+                    lines[-1]["pieces"] = [(text, round(x, 3)) for text, x in zip(texts, rollout.sampler_logprobs,
+                                                                                  strict=True)]
+        self._append("rollouts.jsonl", lines)
         self._append("scores.jsonl", [
             {"step": step, "id": group.problem.id, "score": group.pass_rate} for group in groups
         ])
@@ -1969,7 +1991,7 @@ def finish(run: Run, config: Config, display: Display, interrupted: bool) -> Non
                           f"{e['pass_at_k'][-1]:.1%}", f"{e['tokens_mean']:.0f}", f"{e['truncated']:.1%}")
         display.console.print(table)
     shutil.rmtree(folder / "drawn", ignore_errors=True)  # the last evaluation's
-    display.note(f"plot        {draw(folder)}")
+    display.note(f"page        {write_report([folder])}")
     display.note(f"checkpoint  {checkpoint}  (AutoModelForCausalLM.from_pretrained reads it)")
     display.note("try next")
     display.note(f"  python train.py --resume {folder} --steps {2 * config.total_steps}    # train longer")
@@ -1977,65 +1999,54 @@ def finish(run: Run, config: Config, display: Display, interrupted: bool) -> Non
         display.note("  python train.py --temperature 1.4    # more diverse, less accurate rollouts")
         display.note("  python train.py ablate    # each mechanism off in turn, for hours")
     else:
-        display.note(f"  python train.py plot {folder}    # draw the curves again")
+        display.note(f"  python train.py report {folder} RUN    # its page again, with another run over it")
 
 
-def draw(folder: Path) -> Path:
-    """Draw the run's curves into plots/run.png.
+@dataclass(frozen=True)
+class Report:
+    """Write one page about a run, or about several over each other: curves, difficulty, temperatures, every rollout.
 
-    Raises: DataError if the folder has no metrics.
+    It needs no server and no network.
     """
-    from matplotlib.figure import Figure
 
-    lines = list(data.read_lines(folder / "metrics.jsonl"))
-    if not lines:
+    runs: tuple[Path, ...]
+    """Folders of runs."""
+    out: Path | None = None
+    """HTML file to write. Default: report.html in the first folder."""
+
+
+def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
+    """Put what the logs of some runs hold into one HTML file, with the code that draws it: docs/report.html.
+
+    Raises: DataError for a folder without metrics.
+    """
+    from plotly.offline import get_plotlyjs
+
+    packed = gzip.compress(json.dumps([report_of(run) for run in runs]).encode())
+    page = (Path(__file__).parent / "docs" / "report.html").read_text(encoding="utf-8")
+    for place, content in (("/*PLOTLY*/", get_plotlyjs()), ("/*DATA*/", base64.b64encode(packed).decode())):
+        page = page.replace(place, content, 1)
+    out = out or runs[0] / "report.html"
+    data.write_whole(out, page)
+    return out
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    """Collect what the page shows of a run."""
+    logs = {name: list(data.read_lines(folder / f"{name}.jsonl"))
+            for name in ("metrics", "evaluations", "probes", "rollouts")}
+    if not logs["metrics"]:
         raise DataError(f"{folder}: no metrics.jsonl with a step in it; give the folder of a run")
-    evaluations = list(data.read_lines(folder / "evaluations.jsonl"))
-    steps = [line["step"] for line in lines]
-    figure = Figure(figsize=(15, 12), layout="constrained")
-    axes = figure.subplots(3, 3)
-
-    def curves(axis: Any, title: str, **named: str) -> None:
-        for label, metric in named.items():
-            axis.plot(steps, [line[metric] for line in lines], label=label.replace("_", " "))
-        axis.set(title=title, xlabel="step")
-        axis.legend()
-
-    axis = axes[0, 0]
-    curves(axis, "pass rate", training_rollouts="reward/mean")
-    if evaluations:
-        when = [e["step"] for e in evaluations]
-        axis.errorbar(when, [e["avg_at_k"] for e in evaluations], yerr=[e["interval"] for e in evaluations],
-                      marker="o", capsize=3, label="held-out, 95 %")
-        axis.plot(when, [e["pass_at_k"][-1] for e in evaluations], "--", label="held-out pass@k")
-    axis.set_ylim(0, 1)
-    axis.legend()
-    curves(axes[0, 1], "share of groups", none_correct="reward/solve_none", all_correct="reward/solve_all",
-           informative="batch/informative")
-    curves(axes[0, 2], "response tokens", mean="response/tokens_mean", longest="response/tokens_max")
-    curves(axes[1, 0], "diversity", distinct_4="diversity/distinct_4", entropy_in_nats="policy/entropy")
-    curves(axes[1, 1], "gradient and mismatch", gradient_norm="optim/grad_norm", KL_to_sampler="mismatch/kl")
-    axes[1, 1].set_yscale("log")
-    phases = ("rollout", "reward", "update", "sync")
-    axes[1, 2].stackplot(steps, *([line[f"time/{phase}"] for line in lines] for phase in phases), labels=phases)
-    axes[1, 2].set(title="seconds per step", xlabel="step")
-    axes[1, 2].legend()
-    stages = {line["stage"]: line["step"] for line in lines}  # stage -> its last step
-    for axis, (stage, last) in zip(axes[2], list(stages.items())[-3:], strict=False):
-        first = min(line["step"] for line in lines if line["stage"] == stage)
-        counts = {f"{name} stage {stage}": known_difficulty(folder, step)
-                  for name, step in (("before", first - 1), ("after", last))}
-        data.plot_histograms(axis, {name: known for name, known in counts.items() if any(known)})
-    for axis in axes[2][len(stages):]:
-        axis.set_axis_off()
-    for before, after in itertools.pairwise(lines):
-        if before["stage"] != after["stage"]:
-            for axis in axes[:2].flat:
-                axis.axvline(after["step"] - 0.5, color="grey", linestyle=":")
-    path = folder / "plots" / "run.png"
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return path
+    for probe in logs["probes"]:
+        accuracy, noise = ({float(t): value for t, value in probe[name].items()} for name in ("accuracy", "noise"))
+        probe |= asdict(temperature_zones(accuracy, noise))
+    stages = {line["stage"]: line["step"] for line in logs["metrics"]}  # stage -> its last step
+    begins = dict(zip(stages, [0, *stages.values()], strict=False))
+    difficulty = [{"title": f"problems by pass rate, stage {stage}", "counts": {
+        "before": known_difficulty(folder, begins[stage]), "after": known_difficulty(folder, last)}}
+        for stage, last in stages.items()]
+    return {"name": folder.name, "config": json.loads((folder / "config.json").read_text()), "difficulty": difficulty,
+            **logs}  # fmt: skip
 
 
 def known_difficulty(folder: Path, step: int) -> list[int]:
@@ -2744,10 +2755,11 @@ def run_folder(config: Config) -> Path:
 def main(arguments: Sequence[str]) -> None:
     transformers_logging.disable_progress_bar()
     display = Display()
-    if arguments[:1] == ["plot"]:
-        if len(arguments) != 2:
-            raise ConfigError("plot needs one folder: python train.py plot RUN")
-        display.note(str(draw(Path(arguments[1]))))
+    if arguments[:1] == ["report"]:
+        asked = data.read_options(tyro.conf.PositionalRequiredArgs[Report], arguments[1:], "train.py report")
+        if not asked.runs:
+            raise ConfigError("report needs runs: python train.py report RUN [RUN...]")
+        display.note(str(write_report(asked.runs, asked.out)))
         return
     if arguments[:1] == ["ablate"]:
         refuse_torchrun("ablate")

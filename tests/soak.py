@@ -161,7 +161,7 @@ class Soak:
         return {path: path.stat().st_ino for path in found}
 
     def _compare_precious(self, run: Path, before: dict[Path, int], kind: str) -> None:
-        """Find what was lost or drawn again: it may only leave for a newer checkpoint, a whole one, or at the run's end."""
+        """Find what was lost or drawn again: it may leave only for a newer checkpoint or at the end of the run."""
         checkpoints = train.Run(run).checkpoints()
         for checkpoint in checkpoints:
             if (fault := train.damage(checkpoint)) is not None:

@@ -129,8 +129,8 @@ CASES = {
         ("--run-dir model", "run_dir is model: it exists already; go on with --resume model"),
         ("--run-dir sums.jsonl/run", "run_dir is sums.jsonl/run: nothing can be made in /"),
         # the other commands
-        ("plot", "plot needs one folder"), ("plot model other_run", "plot needs one folder"),
-        ("plot nowhere", "nowhere: no metrics.jsonl"),
+        ("report", "report needs runs: python train.py report RUN [RUN...]"),
+        ("report nowhere", "nowhere: no metrics.jsonl"),
         ("ablate --resume damaged_run", "resume is damaged_run"), ("ablate --track tensorboard", "or track is set"),
         ("ablate --seeds 0", "seeds is 0"), ("ablate --target 2", "target 2.0: give at least 1, and a pass rate"),
         ("ablate --sead 1", "Unrecognized options: --sead, 1"), ("ablate --seeds many", "--seeds: invalid literal"),

@@ -159,7 +159,7 @@ def test_both_ranks_generate_and_one_writes(run_of_two):
     assert len(updated) >= 2
     assert all(m["mismatch/kl"] < 1e-6 and m["mismatch/ratio_max"] < 1.01 for m in updated)  # each with its own weights
     assert [e["problems"] for e in lines(run_of_two / "evaluations.jsonl")] == [9, 9]
-    assert (run_of_two / "plots" / "run.png").exists()
+    assert (run_of_two / "report.html").exists()
 
 
 @pytest.mark.parametrize("run_of_two", ["hf"], indirect=True)

@@ -78,15 +78,24 @@ def test_run_folder_holds_what_the_readme_says(finished):
         assert list(m) == METRICS + evaluated
     assert [e["step"] for e in lines(finished / "evaluations.jsonl")] == [0, 2, 4, 6, 8, 9]
     rollouts = lines(finished / "rollouts.jsonl")
-    assert len(rollouts) == STEPS * 8 * 4
-    assert set(rollouts[0]) == {
-        "step", "id", "response", "answer", "reward", "reason", "tokens", "truncated"}
+    assert set(rollouts[-1]) == {
+        "step", "id", "problem", "response", "answer", "reward", "reason", "tokens", "truncated", "advantage", "weight",
+        "rescued"}
+    assert len([r for r in rollouts if not r["rescued"]]) == STEPS * 8 * 4
     for m in metrics:
-        rewards = [r["reward"] for r in rollouts if r["step"] == m["step"]]
+        of_step = [r for r in rollouts if r["step"] == m["step"]]
+        rewards = [r["reward"] for r in of_step if not r["rescued"]]
         assert m["reward/mean"] == pytest.approx(sum(rewards) / len(rewards))
+        assert m["batch/rescued"] <= sum(r["rescued"] for r in of_step)
+        assert m["batch/substituted"] == sum(r["weight"] - 1 for r in of_step if r["weight"] and not r["rescued"]) / 4
+        coloured = [r for r in of_step if "pieces" in r]
+        assert len({r["id"] for r in coloured}) == 1
+        for r in coloured:
+            assert "".join(text for text, _ in r["pieces"]).removesuffix("<|end|>") == r["response"]
+            assert len(r["pieces"]) == r["tokens"]
     assert len(lines(finished / "scores.jsonl")) == STEPS * 8
     assert json.loads((finished / "config.json").read_text())["stages"][0]["steps"] == STEPS
-    assert (finished / "plots" / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished / "report.html").read_text().startswith("<!doctype html>")
     scores = {e["step"]: e["avg_at_k"] for e in lines(finished / "evaluations.jsonl") if e["step"] > 0}
     best = max(scores, key=lambda step: (scores[step], step))
     kept = sorted({8, 9, best})
@@ -107,13 +116,11 @@ def test_checkpoint_is_a_hugging_face_model(finished):
     assert model.generate(**prompt, max_new_tokens=5, do_sample=False).shape[1] <= prompt["input_ids"].shape[1] + 5
 
 
-def test_plot_command_draws_again(finished, run_train, tmp_path):
-    (finished / "plots" / "run.png").unlink()
-    assert run_train("plot", finished).returncode == 0
-    assert (finished / "plots" / "run.png").exists()
-    result = run_train("plot", tmp_path)
-    assert result.returncode == 2
-    assert "no metrics.jsonl" in result.stderr
+def test_report_command_writes_a_page_of_several_runs(finished, run_train, tmp_path):
+    result = run_train("report", finished, finished, "--out", tmp_path / "both.html")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "both.html").is_file()
+    assert run_train("report", finished).stdout == f"{finished / 'report.html'}\n"
 
 
 # ------------------------------------------------------------------------- resume
