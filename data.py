@@ -60,8 +60,8 @@ def read_options(kind: Any, arguments: Sequence[str], program: str, **settings: 
     except SystemExit as ended:
         if ended.code == 0:  # --help
             raise
-    lines = [line.strip("│ ") for line in said.getvalue().splitlines()[1:-1]]  # in a box, under a title
-    end = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
+    lines = [line.strip("│| ") for line in said.getvalue().splitlines()[1:-1]]  # in a box, under a title
+    end = next((i for i, line in enumerate(lines) if re.match("──|---", line)), len(lines))
     meant = [line for line in lines[end:] if line.startswith("--")]
     raise DataError("; ".join([" ".join(lines[:end]), *meant, f"see python {program} --help"]))
 
@@ -885,8 +885,6 @@ def main(arguments: Sequence[str]) -> None:
 
     if arguments[:1] == ["measure"]:  # needs an engine, and imports go one way
         os.execv(sys.executable, [sys.executable, str(Path(__file__).with_name("rollout.py")), *arguments])
-    if arguments and arguments[0] not in ("filter", "histogram", "-h", "--help"):
-        raise DataError(f"command is {arguments[0]}: give one of measure, filter, histogram")
     commands: Any = Measure | Filter | Annotated[Histogram, tyro.conf.PositionalRequiredArgs]
     options = read_options(commands, arguments, "data.py", description=__doc__)
     if isinstance(options, Filter):

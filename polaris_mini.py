@@ -18,7 +18,6 @@ import math
 import random
 import re
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
@@ -840,7 +839,4 @@ def _tour() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(f"polaris_mini.py: error: there are no options: {' '.join(sys.argv[1:])}", file=sys.stderr)
-        sys.exit(2)
     _tour()

@@ -21,12 +21,12 @@ import json
 import math
 import os
 import random
+import re
 import statistics
 import sys
 import threading
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -68,7 +68,8 @@ class OutOfMemory(EngineError):
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # GPU, CPU
+    """Tell whether it is PyTorch's on a GPU, CUDA's, a library's of it, or PyTorch's on a CPU."""
+    return re.search("out of memory|ALLOC_FAILED|can't allocate memory", str(error), re.IGNORECASE) is not None
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -445,7 +446,7 @@ class VLLMEngine:
         cache_bytes = kv_cache_bytes(config, settings, max_tokens, reserved_bytes)
         self.time_limit = settings.engine_timeout
         self.on_hang: Callable[[], None] = lambda: None
-        self.rollouts_per_batch = self._planned = settings.rollouts_per_batch
+        self.rollouts_per_batch = settings.rollouts_per_batch
         try:
             self.llm = LLM(
                 model=model, dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
@@ -512,27 +513,23 @@ class VLLMEngine:
 
         engine: Any = self.llm.llm_engine
         torch.manual_seed(sampling.seed)  # all requests draw from it: a generator for each would be slow
-        # vLLM runs as many as it can side by side; if memory has run out, the others have to wait here
-        waiting = deque(range(len(prompts)))
-        free = len(prompts) if self.rollouts_per_batch == self._planned else max(1, self.rollouts_per_batch // count)
+        engine.engine_core.engine_core.scheduler.max_num_active_reqs = self.rollouts_per_batch
+        for i, prompt in enumerate(prompts):
+            engine.add_request(str(i), {"prompt_token_ids": list(prompt)}, SamplingParams(
+                n=count, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
+                max_tokens=sampling.max_tokens, stop_token_ids=self.stop_tokens, logprobs=0, flat_logprobs=True,
+                detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+            ))  # fmt: skip
         finished = reported = 0
         try:
             with _engine_errors("generated"), _fewer_at_once(self), self._watched() as alive:
-                while waiting or engine.has_unfinished_requests():
-                    while waiting and free:
-                        i, free = waiting.popleft(), free - 1
-                        engine.add_request(str(i), {"prompt_token_ids": list(prompts[i])}, SamplingParams(
-                            n=count, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
-                            max_tokens=sampling.max_tokens, stop_token_ids=self.stop_tokens, logprobs=0,
-                            flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
-                        ))  # fmt: skip
+                while engine.has_unfinished_requests():
                     for output in engine.step():
                         if failed := {o.finish_reason for o in output.outputs} - {"stop", "length"}:
                             raise EngineError(f"engine is vllm: a response ended by {failed.pop()}; take --engine hf")
                         responses = [Response(list(o.token_ids), list(o.logprobs.logprobs), o.finish_reason)
                                      for o in output.outputs]
                         finished += sum(len(response.tokens) for response in responses)
-                        free += 1
                         yield int(output.request_id), responses
                     running = engine.output_processor.request_states.values()
                     tokens = finished + sum(state.detokenizer.num_output_tokens() for state in running)
@@ -693,9 +690,10 @@ def generate_once(
     asked = json.dumps([prompts, count, asdict(sampling)])
     path = kept_in and kept_in / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
     if path and path.exists():
-        for i, kept in json.loads(path.read_bytes()):
-            yield i, [Response(*values) for values in kept]
-        return
+        with contextlib.suppress(ValueError):  # damaged on the disk: generate it again
+            known = json.loads(path.read_bytes())
+            yield from ((i, [Response(*values) for values in kept]) for i, kept in known)
+            return
     drawn: list[tuple[int, list[Any]]] = []
     left = list(range(len(prompts)))
     while left:
@@ -708,8 +706,7 @@ def generate_once(
                     yield i, responses
                     left.remove(i)
         except OutOfMemory:  # ask for the others again, fewer of which are then generated side by side
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            pass
     if path:
         data.write_whole(path, json.dumps(drawn))
 

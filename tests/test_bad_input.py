@@ -164,7 +164,7 @@ CASES = {
         ("measure --model model --data sums.jsonl --reward nowhere:score", "No module named 'nowhere'"),
     ],
     "data.py": [
-        ("sort", "command is sort: give one of measure, filter, histogram"), ("filter", "--scores"),
+        ("sort", "Unrecognized options: sort"), ("filter", "--scores"),
         ("filter --scores scores.jsonl --out a.jsonl --layout odd", "'odd' for argument '--layout'"),
         ("filter --scores scores.jsonl --out out.csv", "--out out.csv: give a name"),
         ("filter --scores scores.jsonl --out no/out.jsonl", "--out no/out.jsonl: there is no folder no: m"),
@@ -193,7 +193,6 @@ CASES = {
         ("responses.jsonl --workers 0", "workers is 0: give a number above 0"),
         ("responses.jsonl --reward wrong:score", "nothing_of_that_name"), ("responses.jsonl --fast", "--fast"),
     ],
-    "polaris_mini.py": [("tour", "there are no options: tour")],
 }  # fmt: skip
 
 

@@ -111,7 +111,8 @@ def test_update_of_two_ranks_is_that_of_one(updated, kind, case):
     assert bool(trained) == (case != "lora")
     assert case != "lora" or all(weight.any() for name, weight in one["weights"].items() if "lora_B" in name)
     for x, y in zip(one["results"], two["results"], strict=True):
-        assert x == pytest.approx(y, rel=1e-4)
+        known = {name: value for name, value in x.items() if value is not None}
+        assert known == pytest.approx({name: value for name, value in y.items() if value is not None}, rel=1e-4)
     for number, state in one["optimizer"]["state"].items():
         for name, value in state.items():
             assert torch.allclose(value, two["optimizer"]["state"][number][name], rtol=1e-4, atol=1e-6), (number, name)
@@ -221,6 +222,8 @@ def test_ctrl_c_waits_for_what_other_ranks_take_part_in_and_a_second_one_is_neve
         reached.append("rest of the block")
     assert reached == ["end of the shared part"]
     assert interrupt.requested
+    ctrl_c()  # at once: the same one, which the process and its group were sent
+    interrupt._came -= 1
     with pytest.raises(KeyboardInterrupt), interrupt.may_drop_step():
         ctrl_c()
 
