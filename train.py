@@ -1428,10 +1428,22 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def save_checkpoint(setup: Setup, config: Config, run: Run) -> None:
-    """Save policy and tokenizer in Hugging Face format, with the trainer's state beside them."""
+    """Save where the run is, unless it is saved already, and delete what that makes superfluous."""
     state = setup.state
-    if run.checkpoint(state.step).is_dir():
-        return
+    if not run.checkpoint(state.step).is_dir():
+        write_checkpoint(setup, run)
+    checkpoints = run.checkpoints()
+    best = run.best_evaluation(checkpoints)
+    kept = [checkpoint for checkpoint in checkpoints if checkpoint in (*checkpoints[-config.keep_checkpoints :], best)]
+    for old in set(checkpoints) - set(kept):
+        remove_whole(old)
+    state.sink.prune(step_of(kept[0]))
+    run.forget_drawn(state.step, changed=False)
+
+
+def write_checkpoint(setup: Setup, run: Run) -> None:
+    """Write policy and tokenizer in Hugging Face format, with the trainer's state beside them."""
+    state = setup.state
     weights, optimizer = whole_state(setup)
     with written_whole(run.checkpoint(state.step)) as folder:
         setup.policy.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
@@ -1448,13 +1460,6 @@ def save_checkpoint(setup: Setup, config: Config, run: Run) -> None:
         except RuntimeError as error:  # torch hides what the disk said
             raise OSError(f"trainer_state.pt cannot be written ({error.__context__ or error})") from error
         (folder / DIGESTS).write_text(json.dumps(digests(folder), indent=2) + "\n")
-    checkpoints = run.checkpoints()
-    best = run.best_evaluation(checkpoints)
-    kept = [checkpoint for checkpoint in checkpoints if checkpoint in (*checkpoints[-config.keep_checkpoints :], best)]
-    for old in set(checkpoints) - set(kept):
-        remove_whole(old)
-    state.sink.prune(step_of(kept[0]))
-    run.forget_drawn(state.step, changed=False)
 
 
 def step_of(checkpoint: Path) -> int:
