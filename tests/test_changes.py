@@ -13,7 +13,7 @@ from fast_start import ROOT
 
 README = (ROOT / "README.md").read_text()
 CHANGES = re.findall(r"```diff\n(.*?)```\n\n```bash\npython train.py (.*?)\n```", README, re.DOTALL)
-WARMUP = ["--warmup-steps", "150"]
+WARMUP = ["--warmup-steps", "200"]
 SMALL = [*WARMUP, "--group-size", "4", "--max-response-tokens", "80", "--probe-problems", "8"]
 
 
