@@ -119,19 +119,25 @@ def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
             end -= 1
         file.truncate(end)
         file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-        file.flush()
-        os.fsync(file.fileno())
+    sync(path)
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write beside and rename, so that a file of this name is always complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.unfinished")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    beside.write_text(text, encoding="utf-8")
+    sync(beside)
     os.replace(beside, path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or a folder's list of names is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _convert_all(

@@ -514,6 +514,14 @@ def advantages(rewards: Sequence[float], kind: Literal["grpo", "dr_grpo"] = "grp
     return [(reward - mean) / scale for reward in rewards]
 
 
+def set_advantages(groups: Sequence[Group], kind: Literal["grpo", "dr_grpo"] = "grpo") -> None:
+    """Set every rollout's advantage, each group's by its own rewards."""
+    for group in groups:
+        values = advantages([rollout.reward for rollout in group.rollouts], kind)
+        for rollout, value in zip(group.rollouts, values, strict=True):
+            rollout.advantage = value
+
+
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, dual_clip: float
 ) -> tuple[Tensor, Tensor]:

@@ -79,9 +79,9 @@ from transformers.utils import logging as transformers_logging
 import data
 from data import DataError, ProblemSampler, Sink
 from polaris_mini import (
-    PRESETS, Common, Config, Group, Problem, Rollout, Stage, advantages, core_rewards, difficulty_histogram,
+    PRESETS, Common, Config, Group, Problem, Rollout, Stage, core_rewards, difficulty_histogram,
     icepop_ratio, low_overlap, mastered, mean_and_interval, mean_distinct_n, pick_temperature, plateaued,
-    policy_loss, rescue, substitute, temperature_grid, temperature_zones, truncated_ratio,
+    policy_loss, rescue, set_advantages, substitute, temperature_grid, temperature_zones, truncated_ratio,
 )
 from reward import RewardError, RewardPool
 from rollout import (
@@ -133,10 +133,7 @@ def train(setup: Setup, config: Config, run: Run, display: Display, interrupt: I
         batch = substitute(batch, rng) if config.substitute else batch
 
         # 5. ADVANTAGE   (reward - mean) / std inside each group
-        for group in batch:
-            values = advantages([rollout.reward for rollout in group.rollouts], config.advantage)
-            for rollout, value in zip(group.rollouts, values, strict=True):
-                rollout.advantage = value
+        set_advantages(batch, config.advantage)
 
         # 6. UPDATE      clipped policy gradient, one token mean over the whole batch
         with clock("update"), display.phase("update"):
@@ -1375,12 +1372,12 @@ def written_whole(folder: Path) -> Iterator[Path]:
     try:
         yield unfinished
         for path in [*unfinished.rglob("*"), unfinished]:
-            sync(path)
+            data.sync(path)
         os.replace(unfinished, folder)
     except BaseException:  # the disk is full, perhaps
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    sync(folder.parent)
+    data.sync(folder.parent)
 
 
 def remove_whole(folder: Path) -> None:
@@ -1392,15 +1389,6 @@ def _beside(folder: Path) -> Path:
     beside = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)  # of another process of this number
     return beside
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or a folder's list of names is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -1513,7 +1501,7 @@ class Run:
         self._locked = True
 
     def start(self, config: Config, step: int, problems: Sequence[Problem], note: Callable[[str], None]) -> None:
-        """Make the folder, or in a resumed run forget what was logged after `step`: those steps come again."""
+        """Open the logs; in a resumed run forget what was logged after `step`, as those steps come again."""
         self.track = start_tracker(config, self.folder)
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         for unfinished in (self.folder / "checkpoints").glob(".*.unfinished-*"):  # of a run that was killed
@@ -1978,7 +1966,7 @@ class TokenColumn(ProgressColumn):
 
 
 def finish(run: Run, config: Config, display: Display, interrupted: bool) -> None:
-    """Say what came of the run: before and after, the plot, and what to do next."""
+    """Say what came of the run: before and after, its page, and what to do next."""
     folder, checkpoint = run.folder, run.checkpoints()[-1]
     if interrupted:
         display.note(f"stopped after step {run.last_step()} of {config.total_steps}")
@@ -2036,12 +2024,18 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     return out
 
 
+PAGE_BYTES = 100_000_000
+"""Of a run's rollouts.jsonl, about, go into its page."""
+
+
 def report_of(folder: Path) -> dict[str, Any]:
-    """Collect what the page shows of a run."""
-    logs = {name: list(data.read_lines(folder / f"{name}.jsonl"))
-            for name in ("metrics", "evaluations", "probes", "rollouts")}
+    """Collect what the page shows of a run: of many rollouts those of every N-th step, or no browser could open it."""
+    logs = {name: list(data.read_lines(folder / f"{name}.jsonl")) for name in ("metrics", "evaluations", "probes")}
     if not logs["metrics"]:
         raise DataError(f"{folder}: no metrics.jsonl with a step in it; give the folder of a run")
+    path = folder / "rollouts.jsonl"
+    last, every = logs["metrics"][-1]["step"], 1 + path.stat().st_size // PAGE_BYTES
+    logs["rollouts"] = [line for line in data.read_lines(path) if (last - line["step"]) % every == 0]
     for probe in logs["probes"]:
         accuracy, noise = ({float(t): value for t, value in probe[name].items()} for name in ("accuracy", "noise"))
         probe |= asdict(temperature_zones(accuracy, noise))

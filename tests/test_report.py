@@ -156,6 +156,13 @@ def test_phone_and_dark_mode(open_page, scheme):
     assert (int(red) < 60) == (scheme == "dark")
 
 
+def test_page_of_a_long_run_has_every_nth_step(page_file, monkeypatch):
+    folder = page_file.parent
+    assert len(train.report_of(folder)["rollouts"]) == STEPS * PROBLEMS * GROUP
+    monkeypatch.setattr(train, "PAGE_BYTES", (folder / "rollouts.jsonl").stat().st_size // 2 - 1)
+    assert {line["step"] for line in train.report_of(folder)["rollouts"]} == set(range(STEPS, 0, -3))
+
+
 def test_report_of_no_run_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"no metrics\.jsonl with a step in it"):
         train.write_report([tmp_path])

@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import train
-from polaris_mini import PRESETS, Config, Group, advantages, rescue, substitute
+from polaris_mini import PRESETS, Config, Group, rescue, set_advantages, substitute
 from rollout import HFEngine, Sampling, encode_prompts, load_model, reward_pool, sample_groups, set_rewards
 
 
@@ -98,11 +98,8 @@ def walk(config: Config, step: int = 21) -> None:
         f"{sorted((g.weight for g in batch), reverse=True)}, together {sum(g.weight for g in batch)}. The weight of "
         f"our group is {own.weight}.")
 
-    say("## 5. Advantage: `advantages`")
-    for each in batch:
-        for rollout, value in zip(each.rollouts, advantages([r.reward for r in each.rollouts], config.advantage),
-                                  strict=True):
-            rollout.advantage = value
+    say("## 5. Advantage: `set_advantages`")
+    set_advantages(batch, config.advantage)
     rewards = [rollout.reward for rollout in own.rollouts]
     say(f"Rewards {rewards} have mean {sum(rewards) / len(rewards):g} and standard deviation "
         f"{torch.tensor(rewards).std():.4f}, so the advantages are "
