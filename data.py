@@ -802,9 +802,15 @@ def filter_problems(options: Filter) -> None:
     _show_histogram("after", difficulty_histogram(kept.values()))
 
 
-def write_problems(problems: Sequence[Problem], path: Path, layout: Literal["plain", "verl"] = "plain") -> None:
-    """Write problems to a .jsonl or .parquet file that `load_problems` reads."""
-    rows = _output_rows(problems, layout)
+def write_problems(
+    problems: Sequence[Problem], path: Path, layout: Literal["plain", "verl"] = "plain",
+    suffix: str = Config.prompt_suffix, examples: Sequence[WorkedExample] = (),
+) -> None:  # fmt: skip
+    """Write problems to a .jsonl or .parquet file that `load_problems` reads.
+
+    verl's layout holds whole prompts, so with the suffix; with worked examples before the problem only verl reads it.
+    """
+    rows = _output_rows(problems, layout, suffix, examples)
     if path.suffix == ".parquet":
         import pyarrow
         from pyarrow import parquet
@@ -868,7 +874,9 @@ def _check_output(path: Path, *suffixes: str) -> None:
         raise DataError(f"--out {path}: there is no folder {path.parent}: make it first")
 
 
-def _output_rows(problems: Sequence[Problem], layout: Literal["plain", "verl"]) -> list[dict[str, Any]]:
+def _output_rows(
+    problems: Sequence[Problem], layout: Literal["plain", "verl"], suffix: str, examples: Sequence[WorkedExample]
+) -> list[dict[str, Any]]:
     # A parquet column has one type and is there in every row: one row with a second answer makes lists of all.
     if layout == "plain":
         system = any(problem.system for problem in problems)
@@ -878,7 +886,7 @@ def _output_rows(problems: Sequence[Problem], layout: Literal["plain", "verl"]) 
     lists = any(len(problem.answers) > 1 for problem in problems)
     return [
         {"data_source": "",  # as in released files: the original trainer then takes its default reward
-         "prompt": [dict(sorted(turn.items())) for turn in _chat(p.text, p.system, Config.prompt_suffix, ())],
+         "prompt": [dict(sorted(turn.items())) for turn in _chat(p.text, p.system, suffix, examples)],
          "ability": "math",
          "reward_model": {"ground_truth": p.answers if lists else p.answers[0], "style": "rule"},
          "extra_info": {"index": int(p.id) if numbers else p.id, "pass_rate": p.pass_rate, "split": "train"}}

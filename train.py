@@ -6,6 +6,7 @@
     python train.py ablate                                 # what each mechanism does, in the toy world
     python train.py report runs/NAME [runs/OTHER]          # a page about runs: curves, difficulty, rollouts
     python train.py plan --preset rtx-24gb                 # what it takes of a GPU's memory, and what would fit
+    python train.py export-verl --preset polaris-4b        # data and settings of the same recipe for verl
     torchrun --nproc_per_node 2 train.py --model …         # on two GPUs
     python train.py --help                                 # every setting, with its source
 
@@ -2054,6 +2055,185 @@ def known_difficulty(folder: Path, step: int) -> list[int]:
     return difficulty_histogram(latest.values())
 
 
+# --------------------------------------------------------------------- to another trainer
+
+
+@dataclass(frozen=True)
+class ExportVerl:
+    """Write a folder from which verl, on many GPUs, trains by the same recipe: the data, hooks and run.sh.
+
+    run.sh holds every setting as an override of verl 0.9.1 and one command per stage. Every other option is one of
+    training (python train.py --help).
+    """
+
+    out: Path = Path("verl")
+    """Folder to make."""
+    gpus: int = 8
+    """GPUs of each machine."""
+    machines: int = 1
+    """Machines of the Ray cluster."""
+
+
+def export_verl(options: ExportVerl, config: Config, display: Display) -> None:
+    """Write train.parquet, val.parquet, run.sh and what verl calls of ours.
+
+    Raises: ConfigError for settings that would mean something else there.
+    """
+    if config.model == "toy":
+        raise ConfigError("model is toy: give --model, a folder or hub name")
+    if config.resume is not None:
+        raise ConfigError(f"resume is {config.resume}: give its checkpoint as --model, and the other options again")
+    for name, count in (("gpus", options.gpus), ("machines", options.machines)):
+        if count < 1:
+            raise ConfigError(f"{name} is {count}: give at least 1")
+    if config.reward is not None:
+        raise ConfigError(f"reward is {config.reward}: leave it out, and name a function of verl's form to run.sh: "
+                          "reward.custom_reward_function.path=FILE.py")
+    for number, stage in enumerate(config.stages, start=1):
+        if stage.temperature == "auto":
+            raise ConfigError(f"the temperature of stage {number} is auto: choose it with python rollout.py probe")
+    if options.out.exists():
+        raise ConfigError(f"out is {options.out}: it exists already; give another")
+    training, evaluation = load_data(config)
+    examples = data.load_worked_examples(config.prompt_examples) if config.prompt_examples else ()
+    with written_whole(options.out) as folder:
+        for name, problems in (("train", training), ("val", evaluation or training)):
+            data.write_problems(problems, folder / f"{name}.parquet", "verl", config.prompt_suffix, examples)
+        here = Path(__file__).parent
+        for source in (here / "polaris_mini.py", here / "reward.py", here / "docs" / "polaris_verl.py"):
+            shutil.copy(source, folder)
+        (folder / "run.sh").write_text(verl_script(config, options))
+        (folder / "run.sh").chmod(0o755)
+    display.note(f"{options.out}: {len(training):,} problems, {len(evaluation):,} held out, and run.sh. It leaves out:")
+    for left_out in not_on_verl(config):
+        display.note(f"  {left_out}")
+
+
+def verl_script(config: Config, options: ExportVerl) -> str:
+    """Return run.sh: verl's command for each stage, which goes on from verl's own checkpoints."""
+    script = (Path(__file__).parent / "docs" / "verl_run.sh").read_text()
+    common = [f"  {shlex.quote(f'{key}={value}')}" for key, value in verl_overrides(config, options).items()]
+    stages, begin = [], 0
+    for stage in config.stages:
+        end = begin + stage.steps
+        stages.append(f"stage {begin} {end} {'reset' if stage.reset_optimizer else 'keep'} " + " ".join(
+            f"{key}={value}" for key, value in verl_stage_overrides(config, stage).items()))
+        begin = end
+    left_out = [f"#   {line}" for line in not_on_verl(config)]
+    for place, lines in (("# OVERRIDES", common), ("# STAGES", stages), ("# LEFT OUT", left_out)):
+        script = script.replace(place, "\n".join(lines), 1)
+    return script
+
+
+def verl_overrides(config: Config, options: ExportVerl) -> dict[str, object]:
+    """Translate the settings that hold in every stage into verl's."""
+    actor, model, rollout = (f"actor_rollout_ref.{part}" for part in ("actor", "model", "rollout"))
+    optimizer, package = {"adamw": ("AdamW", "torch.optim"), "adamw8bit": ("AdamW8bit", "bitsandbytes.optim"),
+                          "sgd": ("SGD", "torch.optim")}[config.optimizer]  # fmt: skip
+    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+    local = Path(config.model)
+    longest = config.max_prompt_tokens + config.longest_response
+    raised = {"+actor_rollout_ref.model.override_config.max_position_embeddings": longest,
+              "+actor_rollout_ref.rollout.engine_kwargs.vllm.hf_overrides.max_position_embeddings": longest}
+    return {
+        "trainer.n_gpus_per_node": options.gpus,
+        "trainer.nnodes": options.machines,
+        "trainer.logger": "[console]" if config.track == "none" else f"[console,{config.track}]",
+        "trainer.total_epochs": 1_000_000,  # the steps end a stage
+        "trainer.save_freq": config.checkpoint_every,
+        "trainer.max_actor_ckpt_to_keep": config.keep_checkpoints,
+        "trainer.val_before_train": config.eval_every >= 0,
+        "trainer.test_freq": config.eval_every or config.total_steps,
+        # data
+        "data.train_batch_size": config.prompts_per_step,
+        "data.max_prompt_length": config.max_prompt_tokens,
+        "data.filter_overlong_prompts": config.skip_bad_rows,
+        "data.truncation": "error",
+        "data.seed": config.seed,
+        "data.trust_remote_code": config.trust_remote_code,
+        # model
+        f"{model}.path": local.absolute() if local.is_dir() else config.model,
+        f"{model}.trust_remote_code": config.trust_remote_code,
+        f"{model}.lora_rank": config.lora_rank,
+        f"{model}.lora_alpha": config.lora_alpha,
+        **(raised if longest > model_shape(config).get_text_config().max_position_embeddings else {}),
+        f"{model}.enable_gradient_checkpointing": True,
+        f"{model}.use_remove_padding": True,
+        f"{model}.use_fused_kernels": True,  # no logits of whole rows
+        # sampling
+        f"{rollout}.name": "vllm",
+        f"{rollout}.n": config.group_size,
+        f"{rollout}.top_p": 1.0,
+        f"{rollout}.top_k": -1,
+        f"{rollout}.dtype": dtype,
+        f"{rollout}.tensor_model_parallel_size": 1,
+        f"{rollout}.max_num_seqs": config.rollouts_per_batch,
+        f"{rollout}.load_format": "safetensors" if config.lora_rank else "dummy",
+        f"{rollout}.val_kwargs.n": config.eval_rollouts,
+        f"{rollout}.val_kwargs.do_sample": True,
+        f"{rollout}.val_kwargs.temperature": config.eval_temperature or config.stages[0].temperature,
+        f"{rollout}.val_kwargs.top_p": 1.0,
+        # reward and advantage
+        "reward.custom_reward_function.name": "compute_score",
+        "+reward.custom_reward_function.reward_kwargs.require_think": config.require_think,
+        "+reward.custom_reward_function.reward_kwargs.timeout": config.reward_timeout,
+        "algorithm.adv_estimator": "polaris" if config.substitute else "grpo",
+        "algorithm.norm_adv_by_std_in_grpo": config.advantage == "grpo",
+        "algorithm.use_kl_in_reward": False,
+        "algorithm.rollout_correction.rollout_is": "null" if config.mismatch == "ignore" else "token",
+        "algorithm.rollout_correction.rollout_is_threshold": "0.5_2.0" if config.mismatch == "icepop" else 2.0,
+        # loss
+        f"{actor}.use_kl_loss": False,
+        f"{actor}.entropy_coeff": 0,
+        f"{actor}.loss_agg_mode": "token-mean",
+        f"{actor}.clip_ratio_low": config.clip_low,
+        f"{actor}.clip_ratio_high": min(config.clip_high, 1e9),
+        f"{actor}.clip_ratio_c": min(config.dual_clip, 1e9),
+        f"{actor}.ppo_epochs": 1,
+        f"{actor}.ppo_mini_batch_size": config.prompts_per_step // config.updates_per_batch,
+        f"{actor}.use_dynamic_bsz": True,
+        # optimizer
+        f"{actor}.optim.optimizer": optimizer,
+        f"{actor}.optim.optimizer_impl": package,
+        f"{actor}.optim.lr": config.lr,
+        f"{actor}.optim.lr_scheduler_type": "constant",
+        f"{actor}.optim.weight_decay": config.weight_decay,
+        f"{actor}.optim.betas": f"[{config.beta1},{config.beta2}]",
+        f"{actor}.grad_clip": config.max_grad_norm,
+        f"{actor}.optim.clip_grad": config.max_grad_norm,
+        # precision and memory
+        f"{actor}.fsdp_config.dtype": dtype,
+        f"{actor}.fsdp_config.model_dtype": "bf16" if config.trained_weights == "bfloat16" else "fp32",
+        f"{actor}.fsdp_config.param_offload": config.offload_policy,
+        f"{actor}.fsdp_config.optimizer_offload": config.offload_optimizer,
+    }
+
+
+def verl_stage_overrides(config: Config, stage: Stage) -> dict[str, object]:
+    length = config.max_prompt_tokens + stage.max_response_tokens
+    return {
+        "data.max_response_length": stage.max_response_tokens,
+        "actor_rollout_ref.rollout.temperature": stage.temperature,
+        "actor_rollout_ref.rollout.max_model_len": length,
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": max(config.tokens_per_micro_batch, length),
+    }
+
+
+def not_on_verl(config: Config) -> list[str]:
+    """Say which of the settings verl has nothing for."""
+    return [text for text, used in {
+        "Rollout Rescue: verl keeps no responses": config.rescue,
+        "the removal of mastered problems between stages: measure and filter train.parquet again":
+            config.mastered_above < 1,
+        "ends of stages at a plateau": any(stage.until == "plateau" for stage in config.stages),
+        "rewards for intermediate results (core)": config.process_reward == "core",
+        "batches with too few informative groups make no update: there their advantages are 0, but Adam's momentum "
+        "moves the weights on": config.substitute,
+        "4-bit base weights": config.quantize_base,
+        "the warm start": config.warmup is not None,
+    }.items() if used]
+
+
 # ------------------------------------------------------------------------ the ablation
 
 
@@ -2252,14 +2432,15 @@ CUDA_CONTEXT = 1.0 * GIB
 KNOWN_SHAPES: dict[str, PretrainedConfig] = {
     **{name: Qwen3Config(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=tied,
+        num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960,
+        tie_word_embeddings=tied,
     ) for name, hidden, inner, layers, heads, tied in (
         ("Qwen/Qwen3-1.7B", 2048, 6144, 28, 16, True), ("Qwen/Qwen3-4B", 2560, 9728, 36, 32, True),
         ("Qwen/Qwen3-8B", 4096, 12288, 36, 32, False),
     )},
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": Qwen2Config(
         hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-        vocab_size=152064, tie_word_embeddings=False,
+        vocab_size=152064, max_position_embeddings=131072, tie_word_embeddings=False,
     ),
 }  # fmt: skip
 """So that the presets' models can be planned without a network. Source: their config.json on the hub."""
@@ -2769,6 +2950,11 @@ def main(arguments: Sequence[str]) -> None:
         planned, others = data.read_options(PlanOptions, arguments[1:], "train.py plan",
                                             return_unknown_args=True)
         run_plan(planned, read_config(others, needs_data=False), display)
+        return
+    if arguments[:1] == ["export-verl"]:
+        refuse_torchrun("export-verl")
+        export, others = data.read_options(ExportVerl, arguments[1:], "train.py export-verl", return_unknown_args=True)
+        export_verl(export, read_config(others), display)
         return
     config = read_config(arguments)
     start_ranks(config)
