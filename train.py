@@ -34,6 +34,7 @@ import math
 import os
 import platform
 import random
+import re
 import resource
 import shlex
 import shutil
@@ -2110,113 +2111,40 @@ def export_verl(options: ExportVerl, config: Config, display: Display) -> None:
 
 
 def verl_script(config: Config, options: ExportVerl) -> str:
-    """Return run.sh: verl's command for each stage, which goes on from verl's own checkpoints."""
-    script = (Path(__file__).parent / "docs" / "verl_run.sh").read_text()
-    common = [f"  {shlex.quote(f'{key}={value}')}" for key, value in verl_overrides(config, options).items()]
-    stages, begin = [], 0
-    for stage in config.stages:
-        end = begin + stage.steps
-        stages.append(f"stage {begin} {end} {'reset' if stage.reset_optimizer else 'keep'} " + " ".join(
-            f"{key}={value}" for key, value in verl_stage_overrides(config, stage).items()))
-        begin = end
-    left_out = [f"#   {line}" for line in not_on_verl(config)]
-    for place, lines in (("# OVERRIDES", common), ("# STAGES", stages), ("# LEFT OUT", left_out)):
-        script = script.replace(place, "\n".join(lines), 1)
-    return script
-
-
-def verl_overrides(config: Config, options: ExportVerl) -> dict[str, object]:
-    """Translate the settings that hold in every stage into verl's."""
-    actor, model, rollout = (f"actor_rollout_ref.{part}" for part in ("actor", "model", "rollout"))
+    """Fill in docs/verl_run.sh: <name> is a setting, or what stands for it in verl."""
     optimizer, package = {"adamw": ("AdamW", "torch.optim"), "adamw8bit": ("AdamW8bit", "bitsandbytes.optim"),
                           "sgd": ("SGD", "torch.optim")}[config.optimizer]  # fmt: skip
-    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-    local = Path(config.model)
-    longest = config.max_prompt_tokens + config.longest_response
-    raised = {"+actor_rollout_ref.model.override_config.max_position_embeddings": longest,
-              "+actor_rollout_ref.rollout.engine_kwargs.vllm.hf_overrides.max_position_embeddings": longest}
-    return {
-        "trainer.n_gpus_per_node": options.gpus,
-        "trainer.nnodes": options.machines,
-        "trainer.logger": "[console]" if config.track == "none" else f"[console,{config.track}]",
-        "trainer.total_epochs": 1_000_000,  # the steps end a stage
-        "trainer.save_freq": config.checkpoint_every,
-        "trainer.max_actor_ckpt_to_keep": config.keep_checkpoints,
-        "trainer.val_before_train": config.eval_every >= 0,
-        "trainer.test_freq": config.eval_every or config.total_steps,
-        # data
-        "data.train_batch_size": config.prompts_per_step,
-        "data.max_prompt_length": config.max_prompt_tokens,
-        "data.filter_overlong_prompts": config.skip_bad_rows,
-        "data.truncation": "error",
-        "data.seed": config.seed,
-        "data.trust_remote_code": config.trust_remote_code,
-        # model
-        f"{model}.path": local.absolute() if local.is_dir() else config.model,
-        f"{model}.trust_remote_code": config.trust_remote_code,
-        f"{model}.lora_rank": config.lora_rank,
-        f"{model}.lora_alpha": config.lora_alpha,
-        **(raised if longest > model_shape(config).get_text_config().max_position_embeddings else {}),
-        f"{model}.enable_gradient_checkpointing": True,
-        f"{model}.use_remove_padding": True,
-        f"{model}.use_fused_kernels": True,  # no logits of whole rows
-        # sampling
-        f"{rollout}.name": "vllm",
-        f"{rollout}.n": config.group_size,
-        f"{rollout}.top_p": 1.0,
-        f"{rollout}.top_k": -1,
-        f"{rollout}.dtype": dtype,
-        f"{rollout}.tensor_model_parallel_size": 1,
-        f"{rollout}.max_num_seqs": config.rollouts_per_batch,
-        f"{rollout}.load_format": "safetensors" if config.lora_rank else "dummy",
-        f"{rollout}.val_kwargs.n": config.eval_rollouts,
-        f"{rollout}.val_kwargs.do_sample": True,
-        f"{rollout}.val_kwargs.temperature": config.eval_temperature or config.stages[0].temperature,
-        f"{rollout}.val_kwargs.top_p": 1.0,
-        # reward and advantage
-        "reward.custom_reward_function.name": "compute_score",
-        "+reward.custom_reward_function.reward_kwargs.require_think": config.require_think,
-        "+reward.custom_reward_function.reward_kwargs.timeout": config.reward_timeout,
-        "algorithm.adv_estimator": "polaris" if config.substitute else "grpo",
-        "algorithm.norm_adv_by_std_in_grpo": config.advantage == "grpo",
-        "algorithm.use_kl_in_reward": False,
-        "algorithm.rollout_correction.rollout_is": "null" if config.mismatch == "ignore" else "token",
-        "algorithm.rollout_correction.rollout_is_threshold": "0.5_2.0" if config.mismatch == "icepop" else 2.0,
-        # loss
-        f"{actor}.use_kl_loss": False,
-        f"{actor}.entropy_coeff": 0,
-        f"{actor}.loss_agg_mode": "token-mean",
-        f"{actor}.clip_ratio_low": config.clip_low,
-        f"{actor}.clip_ratio_high": min(config.clip_high, 1e9),
-        f"{actor}.clip_ratio_c": min(config.dual_clip, 1e9),
-        f"{actor}.ppo_epochs": 1,
-        f"{actor}.ppo_mini_batch_size": config.prompts_per_step // config.updates_per_batch,
-        f"{actor}.use_dynamic_bsz": True,
-        # optimizer
-        f"{actor}.optim.optimizer": optimizer,
-        f"{actor}.optim.optimizer_impl": package,
-        f"{actor}.optim.lr": config.lr,
-        f"{actor}.optim.lr_scheduler_type": "constant",
-        f"{actor}.optim.weight_decay": config.weight_decay,
-        f"{actor}.optim.betas": f"[{config.beta1},{config.beta2}]",
-        f"{actor}.grad_clip": config.max_grad_norm,
-        f"{actor}.optim.clip_grad": config.max_grad_norm,
-        # precision and memory
-        f"{actor}.fsdp_config.dtype": dtype,
-        f"{actor}.fsdp_config.model_dtype": "bf16" if config.trained_weights == "bfloat16" else "fp32",
-        f"{actor}.fsdp_config.param_offload": config.offload_policy,
-        f"{actor}.fsdp_config.optimizer_offload": config.offload_optimizer,
+    folder, positions = Path(config.model), model_shape(config).get_text_config().max_position_embeddings
+    values = vars(config) | vars(options) | {
+        "model": folder.absolute() if folder.is_dir() else config.model,
+        "positions": max(positions, config.max_prompt_tokens + config.longest_response),
+        "logger": "[console]" if config.track == "none" else f"[console,{config.track}]",
+        "validate": config.eval_every >= 0,
+        "eval_every": config.eval_every or config.total_steps,
+        "eval_temperature": config.eval_temperature or config.stages[0].temperature,
+        "load_format": "safetensors" if config.lora_rank else "dummy",
+        "estimator": "polaris" if config.substitute else "grpo",
+        "divide_by_std": config.advantage == "grpo",
+        "correction": "null" if config.mismatch == "ignore" else "token",
+        "correction_bounds": "0.5_2.0" if config.mismatch == "icepop" else 2.0,
+        "clip_high": min(config.clip_high, 1e9),
+        "dual_clip": min(config.dual_clip, 1e9),
+        "prompts_per_update": config.prompts_per_step // config.updates_per_batch,
+        "optimizer": optimizer,
+        "optimizer_package": package,
+        "betas": f"[{config.beta1},{config.beta2}]",
+        "dtype": "bfloat16" if config.dtype == "auto" else config.dtype,
+        "model_dtype": "bf16" if config.trained_weights == "bfloat16" else "fp32",
     }
-
-
-def verl_stage_overrides(config: Config, stage: Stage) -> dict[str, object]:
-    length = config.max_prompt_tokens + stage.max_response_tokens
-    return {
-        "data.max_response_length": stage.max_response_tokens,
-        "actor_rollout_ref.rollout.temperature": stage.temperature,
-        "actor_rollout_ref.rollout.max_model_len": length,
-        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": max(config.tokens_per_micro_batch, length),
-    }
+    stages, begin = [], 0
+    for stage in config.stages:
+        length, end = config.max_prompt_tokens + stage.max_response_tokens, begin + stage.steps
+        stages.append(f"stage {begin} {end} {'reset' if stage.reset_optimizer else 'keep'} {stage.temperature} "
+                      f"{stage.max_response_tokens} {max(length, config.tokens_per_micro_batch)}")
+        begin = end
+    script = (Path(__file__).parent / "docs" / "verl_run.sh").read_text()
+    script = re.sub(r"<(\w+)>", lambda match: shlex.quote(str(values[match[1]])), script)
+    return script.replace("LEFT OUT", "\n#   ".join(not_on_verl(config))).replace("# STAGES", "\n".join(stages))
 
 
 def not_on_verl(config: Config) -> list[str]:
