@@ -30,6 +30,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -2067,7 +2068,7 @@ class ExportVerl:
     training (python train.py --help).
     """
 
-    out: Path = Path("verl")
+    out: Path = Path("runs/verl")
     """Folder to make."""
     gpus: int = 8
     """GPUs of each machine."""
@@ -2861,6 +2862,7 @@ def run_folder(config: Config) -> Path:
 
 def main(arguments: Sequence[str]) -> None:
     transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a package that it would like to have
     display = Display()
     if arguments[:1] == ["report"]:
         asked = data.read_options(tyro.conf.PositionalRequiredArgs[Report], arguments[1:], "train.py report")

@@ -1,6 +1,7 @@
 """The memory plan against what the same update really takes, by PyTorch's record of every allocation."""
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,6 +141,21 @@ def test_plan_command_names_a_change_that_fits(capsys):
     assert output.count("|") + output.count(">") == 5  # a bar a phase
     assert "in CPU memory  policy 3.3" in output
     assert "\nfits: " in shown(capsys, f"{asked} {changes_in(output)}")
+
+
+CARDS = re.findall(r"^\| (?:\d+ \(([\d.]+)\))? *\| .*? \| ([\d,]+) \| `(--preset .*)` \| ([\d.]+) \| ([\d.]+) \|$",
+                   (Path(__file__).parents[1] / "README.md").read_text(), re.MULTILINE)
+
+
+def test_cards_of_the_readme_hold_what_it_says(capsys):
+    card = ""
+    for given, tokens, options, highest, at_once in CARDS:
+        card = given or card
+        output = shown(capsys, f"--gpu-memory {card} {options}")
+        assert f"responses of up to {tokens} tokens" in output
+        (fits,) = [line for line in output.splitlines() if line.startswith("fits: ")]
+        assert f"takes {highest} of {card} GiB; the cache holds {at_once} responses of full length" in fits
+    assert len(CARDS) == 13
 
 
 def test_plan_does_not_offer_what_several_gpus_refuse(capsys):
