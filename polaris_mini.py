@@ -4,8 +4,8 @@ What lives here: the types that the other modules pass around (`Problem`, `Rollo
 (`Stage`, `Config`, `PRESETS`) and every mechanism of the recipe: rescue, substitution, advantages, the policy loss,
 rewards for intermediate results, the removal of mastered problems, plateaus, histograms of difficulty, zones of
 temperature, YaRN, diversity and pass@k.
-What does not: reading, generating, grading, optimizing. Those modules call these functions; `train.py` calls them in
-the order of the algorithm.
+What does not: reading, generating, grading, optimizing, so that each rule can be read and tested by itself. The other
+modules call these functions, `train.py` in the order of the algorithm.
 
     python polaris_mini.py        # a tour: each mechanism on a handful of numbers
 

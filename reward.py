@@ -4,7 +4,8 @@ The answer is the last `\boxed{...}` after `</think>`, with the boxes beside it 
 and plain numbers are decided at once, the rest by math-verify in worker processes, which are killed when they take
 too long: `9^{9^{9^9}}` never ends. A reward function of your own runs in the same processes (`--reward` of train.py).
 
-Left out: answers without a box, proofs, code. math-verify's judgement is taken as it is: 3 + 4 equals 7, and so do
+Left out: answers without a box (a search for them rewards guesses), proofs and code (`--reward` takes a function for
+these). math-verify's judgement is taken as it is: 3 + 4 equals 7, and so do
 7\%, y = 7 and 7 \text{ million}; number bases are ignored. docs/reward.md shows how often it agrees with others.
 
     python reward.py FILE.jsonl                       # rows with "response", "answer" -> "reward", "reason"

@@ -10,7 +10,8 @@ responses with the log-prob of every sampled token at the sampling temperature, 
 `HFEngine` is the policy itself, decoded with a key-value cache by plain PyTorch: it runs on any device and needs no
 second copy of the weights. `VLLMEngine` is vLLM in this process: paged attention, continuous batching, CUDA graphs.
 
-Left out: servers, engines on other machines, responses that outlive a step.
+Left out: servers and engines on other machines (weights go over within one process), and responses that outlive a
+step (the policy that learns from a response is the one that wrote it).
 """
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ Read `train` first: it is the algorithm, one banner per step. Below it, in this 
 gradient), several GPUs, the policy (loading, LoRA, optimizers, warm start), checkpoints, and what a person sees while
 it runs.
 
-Left out: several machines, critics, KL and entropy terms, asynchronous rollouts.
+Left out: several machines (`export-verl` hands the recipe to a trainer made for them), critics, KL and entropy terms
+(the recipe has none), and rollouts that go on during the update (their policy would be an older one).
 """
 from __future__ import annotations
 
@@ -2156,11 +2157,11 @@ def not_on_verl(config: Config) -> list[str]:
             config.mastered_above < 1,
         "ends of stages at a plateau": any(stage.until == "plateau" for stage in config.stages),
         "rewards for intermediate results (core)": config.process_reward == "core",
-        "batches with too few informative groups make no update: there their advantages are 0, but Adam's momentum "
-        "moves the weights on": config.substitute,
+        "skipping the update of a batch with too few informative groups: its advantages are 0, but Adam's momentum "
+        "moves the weights": config.substitute,
         "4-bit base weights": config.quantize_base,
         "the warm start": config.warmup is not None,
-    }.items() if used]
+    }.items() if used] or ["nothing"]
 
 
 # ------------------------------------------------------------------------ the ablation

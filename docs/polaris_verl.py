@@ -32,7 +32,8 @@ def polaris_advantages(
     rewards, lengths = token_level_rewards.sum(dim=1).tolist(), response_mask.sum(dim=1).tolist()
     rows: dict[str, list[int]] = {}
     for row, group_id in enumerate(index):
-        rows.setdefault(str(group_id), []).append(row)
+        if lengths[row]:  # verl fills batches up with empty rows
+            rows.setdefault(str(group_id), []).append(row)
     groups = [
         Group(Problem(group_id, "", ()), [Rollout(group_id, (), [], [], "", "stop", rewards[row]) for row in members])
         for group_id, members in rows.items()

@@ -150,11 +150,12 @@ def test_gradient_on_verl_is_that_of_substitution(hooks, rates):
     rng, size, longest = random.Random(1), 4, 9
     rows = [(f"p{i}", float(j < rate * size), rng.randint(1, longest)) for i, rate in enumerate(rates)
             for j in range(size)]
+    rows += [("filling", 0.0, 0)] * 2
     rng.shuffle(rows)  # verl balances its GPUs, so a group's rows are not side by side
     mask = torch.tensor([[1.0] * length + [0.0] * (longest - length) for _, _, length in rows])
     rewards = torch.zeros(mask.shape)
     for row, (_, reward, length) in enumerate(rows):
-        rewards[row, length - 1] = reward
+        rewards[row, max(length - 1, 0)] = reward
     config = types.SimpleNamespace(norm_adv_by_std_in_grpo=True)
     advantages, _ = hooks.polaris_advantages(
         token_level_rewards=rewards, response_mask=mask, index=[name for name, _, _ in rows], config=config)
@@ -169,6 +170,8 @@ def test_gradient_on_verl_is_that_of_substitution(hooks, rates):
 
     groups: dict[str, Group] = {}
     for row, (name, reward, length) in enumerate(rows):
+        if name == "filling":
+            continue
         group = groups.setdefault(name, Group(Problem(name, "", ()), []))
         group.rollouts.append(Rollout(str(row), (), [0] * length, [], "", "stop", reward))
     batch = substitute(list(groups.values()), random.Random(0))
