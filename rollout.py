@@ -1125,7 +1125,7 @@ def _key(settings: Mapping[str, Any] | None) -> str:
 
 
 def toy_folder() -> str:
-    """Return the newest toy model that `python train.py` has kept."""
+    """Return the toy model that `python train.py` used last."""
     folders = sorted(data.toy_cache().glob("toy-*"), key=lambda folder: folder.stat().st_mtime)
     if not folders:
         raise ModelError("model is toy: there is none yet; run python train.py once, or give the folder of a model")

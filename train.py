@@ -1072,11 +1072,7 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
     pool = reward_pool(config, tokenizer)
     training = encode_prompts(config, training, tokenizer)
     evaluation = encode_prompts(config, evaluation, tokenizer) if evaluation else []
-    if len(training) < config.prompts_per_step:
-        raise DataError(
-            f"prompts_per_step is {config.prompts_per_step}, but there are {len(training)} training problems: "
-            "lower --prompts-per-step, or give more data"
-        )
+    need_a_batch(config, training)
     with rank_0_first():
         source = str(toy_model_folder(config, evaluation, display)) if toy else config.model
         checkpoint = run.newest_checkpoint(display.note)
@@ -1140,6 +1136,12 @@ def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
         evaluation = load_problems(config, config.eval_data)
         return data.remove_overlap(problems, evaluation), evaluation
     return data.hold_out(problems, config.eval_problems, config.seed)
+
+
+def need_a_batch(config: Config, training: Sequence[Problem]) -> None:
+    if len(training) < config.prompts_per_step:
+        raise DataError(f"prompts_per_step is {config.prompts_per_step}, but there are {len(training)} training "
+                        "problems: lower --prompts-per-step, or give more data")
 
 
 def load_policy(config: Config, source: str, checkpoint: Path | None, device: torch.device) -> torch.nn.Module:
@@ -1344,6 +1346,7 @@ def toy_model_folder(config: Config, evaluation: Sequence[Problem], display: Dis
     name = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]
     folder = data.toy_cache() / f"toy-{name}"
     if folder.is_dir():
+        os.utime(folder)  # the commands of rollout.py take the toy model that was used last
         return folder
     display.note(f"warm start of the toy model: {config.warmup_steps} supervised steps, kept in {folder}")
     tokenizer = data.toy_tokenizer()
@@ -1876,7 +1879,7 @@ def warnings(metrics: Sequence[Mapping[str, float | None]], steps: int = 10) -> 
     first, last = metrics[:steps], metrics[-steps:]
     found = {}
     for name, metric, share, advice in (
-        ("entropy", "policy/entropy", 0.1, "raise --temperature or --clip-high, lower --lr"),
+        ("entropy", "policy/entropy", 0.1, "raise --temperature, lower --lr"),
         ("length", "response/tokens_mean", 0.3, "read rollouts.jsonl: are they still reasoning? lower --lr"),
     ):
         if mean(metric, last) < share * mean(metric, first):
@@ -1994,7 +1997,7 @@ def finish(run: Run, config: Config, display: Display, interrupted: bool) -> Non
     display.note(f"  python train.py --resume {folder} --steps {2 * config.total_steps}    # train longer")
     if config.preset == "toy":
         display.note("  python train.py --temperature 1.4    # more diverse, less accurate rollouts")
-        display.note("  python train.py ablate    # each mechanism off in turn, for hours")
+        display.note("  python train.py ablate    # each mechanism off in turn: over an hour")
     else:
         display.note(f"  python train.py report {folder} RUN    # its page again, with another run over it")
 
@@ -2097,7 +2100,11 @@ def export_verl(options: ExportVerl, config: Config, display: Display) -> None:
             raise ConfigError(f"the temperature of stage {number} is auto: choose it with python rollout.py probe")
     if options.out.exists():
         raise ConfigError(f"out is {options.out}: it exists already; give another")
+    if config.prompts_per_step % config.updates_per_batch:
+        raise ConfigError(f"updates_per_batch is {config.updates_per_batch}: on verl it must divide prompts_per_step "
+                          f"({config.prompts_per_step})")
     training, evaluation = load_data(config)
+    need_a_batch(config, training)
     examples = data.load_worked_examples(config.prompt_examples) if config.prompt_examples else ()
     with written_whole(options.out) as folder:
         for name, problems in (("train", training), ("val", evaluation or training)):
@@ -2110,6 +2117,8 @@ def export_verl(options: ExportVerl, config: Config, display: Display) -> None:
     display.note(f"{options.out}: {len(training):,} problems, {len(evaluation):,} held out, and run.sh. It leaves out:")
     for left_out in not_on_verl(config):
         display.note(f"  {left_out}")
+    if config.require_think:
+        display.note("A response needs </think> there; for a model that does not think give --no-require-think.")
 
 
 def verl_script(config: Config, options: ExportVerl) -> str:
@@ -2159,6 +2168,8 @@ def not_on_verl(config: Config) -> list[str]:
         "rewards for intermediate results (core)": config.process_reward == "core",
         "skipping the update of a batch with too few informative groups: its advantages are 0, but Adam's momentum "
         "moves the weights": config.substitute,
+        "several updates per batch: the weights of substitution are then those of the whole batch, not of each update":
+            config.substitute and config.updates_per_batch > 1,
         "4-bit base weights": config.quantize_base,
         "the warm start": config.warmup is not None,
     }.items() if used] or ["nothing"]

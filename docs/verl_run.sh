@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# POLARIS on verl 0.9.1, one run per stage; made by `python train.py export-verl`. On a machine with verl, vLLM and
-# math-verify[antlr4_9_3] installed: ./run.sh [further overrides]. Started again, it goes on from verl's newest checkpoint.
-# The grader wants </think> in a response, unless this was made with --no-require-think.
+# POLARIS on verl 0.9.1, one run per stage; made by `python train.py export-verl`. In an environment of its own:
+#   pip install "verl[vllm,flash-attn-cu130torch211]==0.9.1" "math-verify[antlr4_9_3]==0.9.0"
+#   ./run.sh [further overrides]
+# Started again, it goes on from verl's newest checkpoint. On several machines this folder is shared, Ray runs on all
+# (`ray start`), and run.sh starts on one. How rows fit into memory is left to verl's own options.
 # What it leaves out, as verl has nothing for it:
 #   LEFT OUT
 set -euo pipefail
@@ -9,6 +11,8 @@ cd "$(dirname "$0")"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" VERL_USE_EXTERNAL_MODULES=polaris_verl
 
 everywhere=(
+  +ray_kwargs.ray_init.runtime_env.env_vars.PYTHONPATH="$PYTHONPATH"
+  +ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES="$VERL_USE_EXTERNAL_MODULES"
   trainer.project_name=polaris
   trainer.experiment_name="$(basename "$PWD")"
   trainer.default_local_dir="$PWD/checkpoints"
@@ -18,7 +22,6 @@ everywhere=(
   trainer.total_epochs=1000000 # the steps end a stage
   trainer.save_freq=<checkpoint_every>
   trainer.max_actor_ckpt_to_keep=<keep_checkpoints>
-  trainer.val_before_train=<validate>
   trainer.test_freq=<eval_every>
 
   data.train_files="$PWD/train.parquet"
@@ -98,7 +101,8 @@ stage() { # BEGIN END keep|reset TEMPERATURE RESPONSE_TOKENS TOKENS_PER_MICRO_BA
   if [ "$3" = reset ] && [ "$saved" = "$1" ]; then
     load=('actor_rollout_ref.actor.checkpoint.load_contents=[model,extra]')
   fi
-  python3 -m verl.trainer.main_ppo "${everywhere[@]}" "${load[@]}" trainer.total_training_steps="$2" \
+  python3 -m verl.trainer.main_ppo "${everywhere[@]}" "${load[@]}" \
+    trainer.val_before_train="$([ "$saved" = 0 ] && echo <validate> || echo False)" trainer.total_training_steps="$2" \
     actor_rollout_ref.rollout.temperature="$4" data.max_response_length="$5" \
     actor_rollout_ref.rollout.max_model_len=$((<max_prompt_tokens> + $5)) \
     actor_rollout_ref.actor.ppo_max_token_len_per_gpu="$6" "${further[@]}"

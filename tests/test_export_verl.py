@@ -80,7 +80,7 @@ def test_every_override_is_a_setting_of_verl(exported, verl_settings, tmp_path):
             name, value = override.split("=", 1)
             if name.startswith("+"):
                 *parents, new = name[1:].split(".")
-                while isinstance(parents, list) and parents[-1] in ("reward_kwargs", "hf_overrides"):
+                while isinstance(parents, list) and parents[-1] in ("reward_kwargs", "hf_overrides", "env_vars"):
                     parents.pop()
                 assert new not in setting(verl_settings, ".".join(parents))
                 continue
@@ -104,6 +104,8 @@ def test_stages_are_runs_one_after_the_other(exported, tmp_path):
         assert command["+actor_rollout_ref.model.override_config.max_position_embeddings"] == "49152"
     assert first["trainer.n_gpus_per_node"] == "4"
     assert float(first["actor_rollout_ref.actor.clip_ratio_high"]) == 0.28
+    assert first["trainer.val_before_train"] == "True"
+    assert first["+ray_kwargs.ray_init.runtime_env.env_vars.PYTHONPATH"].split(":")[0] == str(exported)
     load = "actor_rollout_ref.actor.checkpoint.load_contents"
     assert load not in second  # as nothing is saved yet
     for saved, stages, reset in ((449, 2, False), (450, 1, True), (460, 1, False), (599, 1, False)):
@@ -112,6 +114,7 @@ def test_stages_are_runs_one_after_the_other(exported, tmp_path):
         commands = verl_commands(exported, tmp_path)
         assert len(commands) == stages
         assert any(load in override for override in commands[-1]) == reset
+        assert "trainer.val_before_train=False" in commands[0]  # the stage before has evaluated at its end
 
 
 def test_verl_reads_the_same_problems_with_whole_prompts(exported):

@@ -23,7 +23,7 @@ HERE = {
     "train.py plan": "",
     "train.py report": "",
     "train.py --resume": "--steps 3 --eval-problems 4",
-    "train.py export-verl": "--eval-problems 4",
+    "train.py export-verl": "--eval-problems 4 --prompts-per-step 8",
     "train.py ablate": "tests/test_ablation.py",
     "train.py --reward close": "tests/test_changes.py",
     "train.py --temperature auto": "tests/test_changes.py",
