@@ -2068,8 +2068,8 @@ def known_difficulty(folder: Path, step: int) -> list[int]:
 class ExportVerl:
     """Write a folder from which verl, on many GPUs, trains by the same recipe: the data, hooks and run.sh.
 
-    run.sh holds every setting as an override of verl 0.9.1 and one command per stage. Every other option is one of
-    training (python train.py --help).
+    run.sh holds the recipe's settings as overrides of verl 0.9.1 and one command per stage. Every other option is one
+    of training (python train.py --help).
     """
 
     out: Path = Path("runs/verl")
@@ -2874,7 +2874,7 @@ def run_folder(config: Config) -> Path:
 
 def main(arguments: Sequence[str]) -> None:
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a package that it would like to have
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a CPU kernel that is not needed
     display = Display()
     if arguments[:1] == ["report"]:
         asked = data.read_options(tyro.conf.PositionalRequiredArgs[Report], arguments[1:], "train.py report")
