@@ -2,12 +2,10 @@
 
 What lives here: the types that the other modules pass around (`Problem`, `Rollout`, `Group`), the configuration
 (`Stage`, `Config`, `PRESETS`) and every mechanism of the recipe: rescue, substitution, advantages, the policy loss,
-rewards for intermediate results, the removal of mastered problems, plateaus, histograms of difficulty, zones of
-temperature, YaRN, diversity and pass@k.
+rewards for intermediate results, the removal of mastered problems, plateaus, zones of temperature, YaRN, diversity
+and pass@k.
 What does not: reading, generating, grading, optimizing, so that each rule can be read and tested by itself. The other
 modules call these functions, `train.py` in the order of the algorithm.
-
-    python polaris_mini.py        # a tour: each mechanism on a handful of numbers
 
 "Source:" lines name the POLARIS blog post (hkunlp.github.io/blog/2025/Polaris), the released code
 (github.com/ChenxinAn-fdu/POLARIS) or a paper by its arXiv number.
@@ -18,7 +16,6 @@ import math
 import random
 import re
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -111,7 +108,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Common:
-    """Settings that training shares with the commands of rollout.py."""
+    """Settings that training shares with tools/evaluate.py."""
 
     model: str = "toy"
     """A folder or hub name of a Hugging Face causal language model, or toy for the embedded tiny one."""
@@ -302,8 +299,6 @@ class Config(Common):
     """Steps between checkpoints; one is always saved at the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep; the one with the best evaluation is kept too."""
-    report_every: int = 0
-    """Steps between rewritings of the run's page, report.html; 0: at the end only."""
     track: Literal["none", "wandb", "tensorboard", "trackio"] = "none"
     """Also send the metrics to this tracker, if it is installed."""
 
@@ -394,7 +389,6 @@ def _check(config: Config) -> None:
          r"with process_reward core, let it ask for intermediate results: ... Put each of them in \underline{}.")
     need(0 <= config.min_overlap <= 1, "min_overlap", "give a share from 0 (keeps all) to 1")
     need(config.process_reward == "core" or config.min_overlap == 0, "min_overlap", "it needs --process-reward core")
-    need(config.report_every >= 0, "report_every", "give steps, or 0 for the end only")
     need(config.eval_every >= -1, "eval_every", "give steps, 0 (first and last only) or -1 (never)")
     need(config.eval_temperature is None or 0 < config.eval_temperature < math.inf, "eval_temperature",
          "give a value above 0")
@@ -578,35 +572,7 @@ def plateaued(rewards: Sequence[float], window: int) -> bool:
     return statistics.fmean(rewards[-window:]) <= statistics.fmean(rewards[-2 * window : -window])
 
 
-# ---------------------------------------------------------- difficulty, temperature, length
-
-
-def difficulty_histogram(pass_rates: Iterable[float], rollouts: int = 8) -> list[int]:
-    """Count problems by correct rollouts: (rollouts + 1,), from none correct to all. Pass rates go to the nearest."""
-    counts = Counter(math.floor(rate * rollouts + 0.5) for rate in pass_rates)
-    return [counts[k] for k in range(rollouts + 1)]
-
-
-def histogram_verdict(counts: Sequence[int]) -> Literal["mirrored J", "J", "U", "flat"]:
-    """Name a histogram's shape: mirrored J (most mass at 0) is what a model can learn from, J is too easy for it.
-
-    An end counts if it is a quarter above the mean of the bins between, and leads if it is a quarter above the other
-    end. Where all-correct problems were removed, the next bin is the upper end.
-
-    >>> histogram_verdict([13828, 3751, 2972, 2845, 2789, 2469, 2564, 2816, 6107])
-    'mirrored J'
-
-    Source: blog, the histograms of its section on data difficulty; the margins are ours.
-    """
-    if counts[-1] == 0:
-        counts = counts[:-1]
-    low, *between, high = counts
-    middle = statistics.fmean(between)
-    if low > 1.25 * max(middle, high):
-        return "mirrored J"
-    if high > 1.25 * max(middle, low):
-        return "J"
-    return "U" if min(low, high) > 1.25 * middle else "flat"
+# ---------------------------------------------------------- temperature, length
 
 
 def temperature_grid(text: str) -> list[float]:
@@ -797,54 +763,3 @@ PRESETS |= {
     ),
 }  # fmt: skip
 PRESETS = {name: replace(preset, preset=name) for name, preset in PRESETS.items()}
-
-# ---------------------------------------------------------------------- the tour
-
-
-def _tour() -> None:
-    def group(name: str, rewards: Sequence[float]) -> Group:
-        rollouts = [Rollout(name, (), [], [], f"response {i}", "stop", reward) for i, reward in enumerate(rewards)]
-        return Group(Problem(name, name, ("1",)), rollouts)
-
-    def show(mechanism: str, *found: object) -> None:
-        print(mechanism.ljust(14), *found)
-
-    print("before training: which problems, which temperature (numbers of the blog's figures)")
-    deepscaler_1_5b = [13828, 3751, 2972, 2845, 2789, 2469, 2564, 2816, 6107]
-    deepscaler_7b = [8881, 2590, 2080, 1846, 1859, 1909, 2536, 4520, 14191]
-    show("difficulty", "0/8 ... 8/8 of R1-Distill-1.5B:", histogram_verdict(deepscaler_1_5b))
-    show("", "0/8 ... 8/8 of R1-Distill-7B:", histogram_verdict(deepscaler_7b), "(too easy: 8/8 is filtered out)")
-    accuracy = {0.1: 70, 0.6: 73.8, 0.8: 74.2, 1.4: 74, 1.45: 73.2, 1.5: 70.2, 1.55: 67.8, 1.6: 50, 1.7: 32.7}
-    diversity = {0.1: 28, 0.4: 38, 0.6: 42, 0.8: 45, 1.0: 47, 1.2: 55, 1.4: 63, 1.6: 84}
-    show("temperature", f"Qwen3-4B: {temperature_zones(accuracy)} -> {pick_temperature(accuracy, diversity)}")
-
-    print("\none step")
-    rng = random.Random(0)
-    batch = [group("a", [1, 0, 0, 0]), group("b", [0, 0, 0, 0]), group("c", [1, 1, 1, 1]), group("d", [1, 1, 0, 0])]
-    sink = {"b": Rollout("b", (), [], [], "an old correct response", "stop", 1.0)}
-    show("rewards", {g.problem.id: [r.reward for r in g.rollouts] for g in batch})
-    tried = group("a", [1, 0])
-    tried.rollouts[0].text, tried.rollouts[1].text = r"\underline{12} \underline{30}", r"\underline{12} \underline{31}"
-    core_rewards([tried], {})
-    show("core_rewards", "of a response with one of two intermediate results right:", tried.rollouts[1].reward)
-    batch = rescue(batch, sink, rng)
-    show("rescue", f"b -> {[r.text for r in batch[1].rollouts]}")
-    batch = substitute(batch, rng)
-    show("substitute", {g.problem.id: f"{g.weight} places" for g in batch}, "(c taught nothing)")
-    for g in batch:
-        show("advantages", g.problem.id, [round(a, 3) for a in advantages([r.reward for r in g.rollouts])])
-    show("policy_loss", "works on tensors, whose import takes longer than this tour: see tests/test_polaris_mini.py")
-
-    print("\nbetween stages")
-    show("mastered", mastered({"a": [0.25], "c": [1.0, 1.0], "unvisited": []}, above=0.9))
-    for mean_rewards in ((0.1, 0.2, 0.3, 0.4), (0.3, 0.4, 0.4, 0.3)):
-        show("plateaued", mean_rewards, plateaued(mean_rewards, window=2))
-
-    print("\nafter training")
-    show("pass_at_k", {k: round(pass_at_k(2, 8, k), 3) for k in (1, 4, 8)}, "with 2 of 8 correct")
-    show("distinct_n", distinct_n(["2 + 3 = 5 so 5", "2 + 3 = 5 so five"]))
-    show("yarn_config", yarn_config(1.5, 65536))
-
-
-if __name__ == "__main__":
-    _tour()

@@ -3,10 +3,6 @@
     python train.py                                        # the toy world: a tiny model learns sums, on any machine
     python train.py --preset rtx-24gb --data problems.jsonl    # Qwen3-1.7B on one GPU of 24 GB
     python train.py --resume runs/NAME [--steps 200]       # go on where a run stopped
-    python train.py ablate                                 # what each mechanism does, in the toy world
-    python train.py report runs/NAME [runs/OTHER]          # a page about runs: curves, difficulty, rollouts
-    python train.py plan --preset rtx-24gb                 # what it takes of a GPU's memory, and what would fit
-    python train.py export-verl --preset polaris-4b        # data and settings of the same recipe for verl
     torchrun --nproc_per_node 2 train.py --model …         # on two GPUs
     python train.py --help                                 # every setting, with its source
 
@@ -14,17 +10,14 @@ Read `train` first: it is the algorithm, one banner per step. Below it, in this 
 gradient), several GPUs, the policy (loading, LoRA, optimizers, warm start), checkpoints, and what a person sees while
 it runs.
 
-Left out: several machines (`export-verl` hands the recipe to a trainer made for them), critics, KL and entropy terms
-(the recipe has none), and rollouts that go on during the update (their policy would be an older one).
+Left out: several machines (`tools/export_verl.py` hands the recipe to a trainer made for them), critics, KL and entropy
+terms (the recipe has none), and rollouts that go on during the update (their policy would be an older one).
 """
 from __future__ import annotations
 
-import base64
 import contextlib
-import copy
 import fcntl
 import functools
-import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -36,7 +29,6 @@ import math
 import os
 import platform
 import random
-import re
 import resource
 import shlex
 import shutil
@@ -50,7 +42,7 @@ import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -58,7 +50,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torch.utils._pytree as pytree
 import tyro
 from rich.console import Console
 from rich.progress import (
@@ -67,32 +58,26 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase,
-    Qwen2Config, Qwen3Config, Qwen3ForCausalLM,
-)
+from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import data
 from data import DataError, ProblemSampler, Sink
 from polaris_mini import (
-    PRESETS, Common, Config, Group, Problem, Rollout, Stage, core_rewards, difficulty_histogram,
-    icepop_ratio, low_overlap, mastered, mean_and_interval, mean_distinct_n, pick_temperature, plateaued,
-    policy_loss, rescue, set_advantages, substitute, temperature_grid, temperature_zones, truncated_ratio,
+    PRESETS, Config, Group, Problem, Rollout, Stage, core_rewards, icepop_ratio, low_overlap, mastered, mean_distinct_n,
+    pick_temperature, plateaued, policy_loss, rescue, set_advantages, substitute, temperature_grid, truncated_ratio,
 )
 from reward import RewardError, RewardPool
 from rollout import (
-    ENGINE_SHARE, KV_BLOCK, Engine, EngineError, Evaluation, HFEngine, Measure, ModelError, ProbeCurves, Response,
-    Sampling, VLLMEngine, autocast, base_model, causal_lm, encode_prompts, evaluate, is_sharded, kv_bytes_per_token,
-    load_model, load_problems, load_tokenizer, out_of_memory, rank_count, refuse_torchrun, resolve_device,
-    resolve_dtype, reward_pool, run_measure, sample_groups, set_rewards, torchrun_count, uses_vllm, whole,
+    Engine, EngineError, Evaluation, HFEngine, ModelError, ProbeCurves, Response, Sampling, VLLMEngine, autocast,
+    base_model, causal_lm, encode_prompts, evaluate, is_sharded, load_model, load_problems, load_tokenizer,
+    out_of_memory, rank_count, resolve_device, resolve_dtype, reward_pool, sample_groups, set_rewards, torchrun_count,
+    uses_vllm, whole,
 )
 
 # ---------------------------------------------------------------------------- the loop
@@ -156,13 +141,11 @@ def train(setup: Setup, config: Config, run: Run, display: Display, interrupt: I
                 metrics |= evaluate_policy(setup, config, run, display, interrupt)
         finally:  # whatever becomes of the evaluation, the step is done
             run.log_metrics(state.step, metrics)
-        show_step(config, metrics, display)
+        display.row(metrics)
         watch(setup, config, run, display, batch, update)
         config = with_what_fits(config, setup.engine, update, display)
         if state.step % config.checkpoint_every == 0:
             save_checkpoint(setup, config, run)
-        if config.report_every and state.step % config.report_every == 0:
-            write_report([run.folder])
     save_checkpoint(setup, config, run)
 
 
@@ -429,7 +412,7 @@ def within_memory(
             smaller = [half for row in rows for half in row.halves()]
             if len(smaller) == len(rows):
                 raise ModelError("memory runs out in the update, though each rollout has its own row: give "
-                                 "--gradient-checkpointing, or ask python train.py plan what fits") from error
+                                 "--gradient-checkpointing, or ask python tools/plan.py what fits") from error
         rows = smaller
         optimizer.zero_grad(set_to_none=True)
 
@@ -1076,8 +1059,6 @@ def set_up(config: Config, run: Run, display: Display) -> Setup:
     with rank_0_first():
         source = str(toy_model_folder(config, evaluation, display)) if toy else config.model
         checkpoint = run.newest_checkpoint(display.note)
-    if device.type == "cuda":
-        warn_if_too_large(config, device, display)
     sharded = rank_count() > 1 and config.lora_rank == 0
     policy = load_policy(config, source, checkpoint, torch.device("cpu") if sharded else device)
     check_packing(policy, config)
@@ -1346,7 +1327,7 @@ def toy_model_folder(config: Config, evaluation: Sequence[Problem], display: Dis
     name = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]
     folder = data.toy_cache() / f"toy-{name}"
     if folder.is_dir():
-        os.utime(folder)  # the commands of rollout.py take the toy model that was used last
+        os.utime(folder)  # tools/evaluate.py takes the toy model that was used last
         return folder
     display.note(f"warm start of the toy model: {config.warmup_steps} supervised steps, kept in {folder}")
     tokenizer = data.toy_tokenizer()
@@ -1482,7 +1463,7 @@ def restore(
 
 
 class Run:
-    """The folder of a run: config.json, the jsonl logs, checkpoints/, drawn/, report.html."""
+    """The folder of a run: config.json, the jsonl logs, checkpoints/, drawn/."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -1888,7 +1869,7 @@ def warnings(metrics: Sequence[Mapping[str, float | None]], steps: int = 10) -> 
     for name, metric, limit, advice in (
         ("unsolved", "reward/solve_none", 1, "nothing is learned: check answers and --reward in rollouts.jsonl, give "
                                              "easier problems or a higher --max-response-tokens"),
-        ("solved", "reward/solve_all", 1, "nothing is learned: give harder problems (python data.py filter)"),
+        ("solved", "reward/solve_all", 1, "nothing is learned: give harder problems (tools/difficulty.py filter)"),
         ("timeouts", "reward/timeout", 0.25, "the reward is too slow, and what is late earns 0: raise --reward-timeout "
                                              "or --reward-workers"),
         ("truncated", "response/truncated", 0.25, "cut responses earn 0: raise --max-response-tokens"),
@@ -1973,7 +1954,7 @@ class TokenColumn(ProgressColumn):
 
 
 def finish(run: Run, config: Config, display: Display, interrupted: bool) -> None:
-    """Say what came of the run: before and after, its page, and what to do next."""
+    """Say what came of the run: before and after, and what to do next."""
     folder, checkpoint = run.folder, run.checkpoints()[-1]
     if interrupted:
         display.note(f"stopped after step {run.last_step()} of {config.total_steps}")
@@ -1991,780 +1972,13 @@ def finish(run: Run, config: Config, display: Display, interrupted: bool) -> Non
                           f"{e['pass_at_k'][-1]:.1%}", f"{e['tokens_mean']:.0f}", f"{e['truncated']:.1%}")
         display.console.print(table)
     shutil.rmtree(folder / "drawn", ignore_errors=True)  # the last evaluation's
-    display.note(f"page        {write_report([folder])}")
     display.note(f"checkpoint  {checkpoint}  (AutoModelForCausalLM.from_pretrained reads it)")
     display.note("try next")
+    display.note(f"  python tools/report.py {folder}    # its page: curves, difficulty, every rollout")
     display.note(f"  python train.py --resume {folder} --steps {2 * config.total_steps}    # train longer")
     if config.preset == "toy":
         display.note("  python train.py --temperature 1.4    # more diverse, less accurate rollouts")
-        display.note("  python train.py ablate    # each mechanism off in turn: over an hour")
-    else:
-        display.note(f"  python train.py report {folder} RUN    # its page again, with another run over it")
-
-
-@dataclass(frozen=True)
-class Report:
-    """Write one page about a run, or about several over each other: curves, difficulty, temperatures, every rollout.
-
-    It needs no server and no network.
-    """
-
-    runs: tuple[Path, ...]
-    """Folders of runs."""
-    out: Path | None = None
-    """HTML file to write. Default: report.html in the first folder."""
-
-
-def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
-    """Put what the logs of some runs hold into one HTML file, with the code that draws it: docs/report.html.
-
-    Raises: DataError for a folder without metrics.
-    """
-    from plotly.offline import get_plotlyjs
-
-    packed = gzip.compress(json.dumps([report_of(run) for run in runs]).encode())
-    page = (Path(__file__).parent / "docs" / "report.html").read_text(encoding="utf-8")
-    for place, content in (("/*PLOTLY*/", get_plotlyjs()), ("/*DATA*/", base64.b64encode(packed).decode())):
-        page = page.replace(place, content, 1)
-    out = out or runs[0] / "report.html"
-    data.write_whole(out, page)
-    return out
-
-
-PAGE_BYTES = 100_000_000
-"""Of a run's rollouts.jsonl, about, go into its page."""
-
-
-def report_of(folder: Path) -> dict[str, Any]:
-    """Collect what the page shows of a run: of many rollouts those of every N-th step, or no browser could open it."""
-    logs = {name: list(data.read_lines(folder / f"{name}.jsonl")) for name in ("metrics", "evaluations", "probes")}
-    if not logs["metrics"]:
-        raise DataError(f"{folder}: no metrics.jsonl with a step in it; give the folder of a run")
-    path = folder / "rollouts.jsonl"
-    last, every = logs["metrics"][-1]["step"], 1 + path.stat().st_size // PAGE_BYTES
-    logs["rollouts"] = [line for line in data.read_lines(path) if (last - line["step"]) % every == 0]
-    for probe in logs["probes"]:
-        accuracy, noise = ({float(t): value for t, value in probe[name].items()} for name in ("accuracy", "noise"))
-        probe |= asdict(temperature_zones(accuracy, noise))
-    stages = {line["stage"]: line["step"] for line in logs["metrics"]}  # stage -> its last step
-    begins = dict(zip(stages, [0, *stages.values()], strict=False))
-    difficulty = [{"title": f"problems by pass rate, stage {stage}", "counts": {
-        "before": known_difficulty(folder, begins[stage]), "after": known_difficulty(folder, last)}}
-        for stage, last in stages.items()]
-    return {"name": folder.name, "config": json.loads((folder / "config.json").read_text()), "difficulty": difficulty,
-            **logs}  # fmt: skip
-
-
-def known_difficulty(folder: Path, step: int) -> list[int]:
-    """Return the histogram of each problem's latest pass rate up to a step, offline ones included."""
-    latest = {line["id"]: line["score"] for line in data.read_lines(folder / "scores.jsonl") if line["step"] <= step}
-    return difficulty_histogram(latest.values())
-
-
-# --------------------------------------------------------------------- to another trainer
-
-
-@dataclass(frozen=True)
-class ExportVerl:
-    """Write a folder from which verl, on many GPUs, trains by the same recipe: the data, hooks and run.sh.
-
-    run.sh holds the recipe's settings as overrides of verl 0.9.1 and one command per stage. Every other option is one
-    of training (python train.py --help).
-    """
-
-    out: Path = Path("runs/verl")
-    """Folder to make."""
-    gpus: int = 8
-    """GPUs of each machine."""
-    machines: int = 1
-    """Machines of the Ray cluster."""
-
-
-def export_verl(options: ExportVerl, config: Config, display: Display) -> None:
-    """Write train.parquet, val.parquet, run.sh and what verl calls of ours.
-
-    Raises: ConfigError for settings that would mean something else there.
-    """
-    if config.model == "toy":
-        raise ConfigError("model is toy: give --model, a folder or hub name")
-    if config.resume is not None:
-        raise ConfigError(f"resume is {config.resume}: give its checkpoint as --model, and the other options again")
-    for name, count in (("gpus", options.gpus), ("machines", options.machines)):
-        if count < 1:
-            raise ConfigError(f"{name} is {count}: give at least 1")
-    if config.reward is not None:
-        raise ConfigError(f"reward is {config.reward}: leave it out, and name a function of verl's form to run.sh: "
-                          "reward.custom_reward_function.path=FILE.py")
-    for number, stage in enumerate(config.stages, start=1):
-        if stage.temperature == "auto":
-            raise ConfigError(f"the temperature of stage {number} is auto: choose it with python rollout.py probe")
-    if options.out.exists():
-        raise ConfigError(f"out is {options.out}: it exists already; give another")
-    if config.prompts_per_step % config.updates_per_batch:
-        raise ConfigError(f"updates_per_batch is {config.updates_per_batch}: on verl it must divide prompts_per_step "
-                          f"({config.prompts_per_step})")
-    training, evaluation = load_data(config)
-    need_a_batch(config, training)
-    examples = data.load_worked_examples(config.prompt_examples) if config.prompt_examples else ()
-    with written_whole(options.out) as folder:
-        for name, problems in (("train", training), ("val", evaluation or training)):
-            data.write_problems(problems, folder / f"{name}.parquet", "verl", config.prompt_suffix, examples)
-        here = Path(__file__).parent
-        for source in (here / "polaris_mini.py", here / "reward.py", here / "docs" / "polaris_verl.py"):
-            shutil.copy(source, folder)
-        (folder / "run.sh").write_text(verl_script(config, options))
-        (folder / "run.sh").chmod(0o755)
-    display.note(f"{options.out}: {len(training):,} problems, {len(evaluation):,} held out, and run.sh. It leaves out:")
-    for left_out in not_on_verl(config):
-        display.note(f"  {left_out}")
-    if config.require_think:
-        display.note("A response needs </think> there; for a model that does not think give --no-require-think.")
-
-
-def verl_script(config: Config, options: ExportVerl) -> str:
-    """Fill in docs/verl_run.sh: <name> is a setting, or what stands for it in verl."""
-    optimizer, package = {"adamw": ("AdamW", "torch.optim"), "adamw8bit": ("AdamW8bit", "bitsandbytes.optim"),
-                          "sgd": ("SGD", "torch.optim")}[config.optimizer]  # fmt: skip
-    folder, positions = Path(config.model), model_shape(config).get_text_config().max_position_embeddings
-    values = vars(config) | vars(options) | {
-        "model": folder.absolute() if folder.is_dir() else config.model,
-        "positions": max(positions, config.max_prompt_tokens + config.longest_response),
-        "logger": "[console]" if config.track == "none" else f"[console,{config.track}]",
-        "validate": config.eval_every >= 0,
-        "eval_every": config.eval_every or config.total_steps,
-        "eval_temperature": config.eval_temperature or config.stages[0].temperature,
-        "load_format": "safetensors" if config.lora_rank else "dummy",
-        "estimator": "polaris" if config.substitute else "grpo",
-        "divide_by_std": config.advantage == "grpo",
-        "correction": "null" if config.mismatch == "ignore" else "token",
-        "correction_bounds": "0.5_2.0" if config.mismatch == "icepop" else 2.0,
-        "clip_high": min(config.clip_high, 1e9),
-        "dual_clip": min(config.dual_clip, 1e9),
-        "prompts_per_update": config.prompts_per_step // config.updates_per_batch,
-        "optimizer": optimizer,
-        "optimizer_package": package,
-        "betas": f"[{config.beta1},{config.beta2}]",
-        "dtype": "bfloat16" if config.dtype == "auto" else config.dtype,
-        "model_dtype": "bf16" if config.trained_weights == "bfloat16" else "fp32",
-    }
-    stages, begin = [], 0
-    for stage in config.stages:
-        length, end = config.max_prompt_tokens + stage.max_response_tokens, begin + stage.steps
-        stages.append(f"stage {begin} {end} {'reset' if stage.reset_optimizer else 'keep'} {stage.temperature} "
-                      f"{stage.max_response_tokens} {max(length, config.tokens_per_micro_batch)}")
-        begin = end
-    script = (Path(__file__).parent / "docs" / "verl_run.sh").read_text()
-    script = re.sub(r"<(\w+)>", lambda match: shlex.quote(str(values[match[1]])), script)
-    return script.replace("LEFT OUT", "\n#   ".join(not_on_verl(config))).replace("# STAGES", "\n".join(stages))
-
-
-def not_on_verl(config: Config) -> list[str]:
-    """Say which of the settings verl has nothing for."""
-    return [text for text, used in {
-        "Rollout Rescue: verl keeps no responses": config.rescue,
-        "the removal of mastered problems between stages: measure and filter train.parquet again":
-            config.mastered_above < 1,
-        "ends of stages at a plateau": any(stage.until == "plateau" for stage in config.stages),
-        "rewards for intermediate results (core)": config.process_reward == "core",
-        "skipping the update of a batch with too few informative groups: its advantages are 0, but Adam's momentum "
-        "moves the weights": config.substitute,
-        "several updates per batch: the weights of substitution are then those of the whole batch, not of each update":
-            config.substitute and config.updates_per_batch > 1,
-        "4-bit base weights": config.quantize_base,
-        "the warm start": config.warmup is not None,
-    }.items() if used] or ["nothing"]
-
-
-# ------------------------------------------------------------------------ the ablation
-
-
-@dataclass(frozen=True)
-class Ablate:
-    """Train with every mechanism, with each one off in turn and with all of them off (plain GRPO), and compare.
-
-    Every other option is one of training (python train.py --help) and holds for all runs.
-    """
-
-    out: Path = Path("runs/ablation")
-    """Folder of the runs, the table and the figure. What is finished in it is not done again."""
-    seeds: int = 3
-    """Runs of each variant: each seed has problems, a toy model and chance of its own."""
-    target: float = 0.5
-    """Held-out pass rate; how many steps and tokens it takes to get there is compared."""
-
-
-def ablation_variants(config: Config, filtered: str, unfiltered: str) -> dict[str, Config]:
-    """Name the variants of a run and configure them."""
-    off: dict[str, dict[str, Any]] = {
-        "difficulty filter": {"data": unfiltered},
-        "rescue": {"rescue": False},
-        "substitution": {"substitute": False},
-        "removal of mastered problems": {"mastered_above": 1.0},
-        "rising temperature": {"temperature": config.stages[0].temperature},  # from a probe each, if it is auto
-        "growing length": {"max_response_tokens": config.stages[-1].max_response_tokens},
-    }
-    config = replace(config, data=filtered)
-    plain = {name: value for change in off.values() for name, value in change.items()}
-    variants = {f"no {name}": replace(config, **change) for name, change in off.items()}
-    # With one stage, say, nothing rises or grows: such a variant would be the same run again.
-    different = {name: variant for name, variant in variants.items() if variant != config}
-    return {"all mechanisms": config, **different, "plain GRPO": replace(config, **plain)}
-
-
-def run_ablation(options: Ablate, config: Config, display: Display) -> int:
-    """Do the runs that are missing, then compare all of them; return the number of the signal that ended it, or 0."""
-    if options.seeds < 1 or not 0 < options.target < 1:
-        raise ConfigError(f"seeds is {options.seeds}, target {options.target}: give at least 1, and a pass rate")
-    if config.resume or config.run_dir or config.eval_every < 0 or config.track != "none":
-        raise ConfigError("resume, run_dir, eval_every -1 or track is set: ablate makes and resumes runs of its own in "
-                          "--out, and compares their evaluations")
-    runs: dict[str, list[Run]] = defaultdict(list)  # variant -> one run per seed
-    for seed in range(config.seed, config.seed + options.seeds):
-        seeded = replace(config, seed=seed)
-        scores, filtered, held_out = measured_problems(seeded, options.out / f"data-{seed}", display)
-        for name, variant in ablation_variants(seeded, str(filtered), str(scores)).items():
-            run = Run(options.out / f"{name.replace(' ', '-')}-{seed}")
-            runs[name].append(run)
-            variant = replace(variant, eval_data=str(held_out), run_dir=str(run.folder))
-            if (run.folder / "config.json").exists():
-                if replace(saved_config(run.folder), resume=None) != variant:
-                    raise ConfigError(f"out is {options.out}: its runs have other settings; give another --out")
-                variant = replace(variant, resume=str(run.folder))
-            if run.last_step() >= config.total_steps:
-                continue
-            display.note(f"\nseed {seed}, {name}")
-            _, stopped_by = run_training(variant, Display(show_rows=False))
-            if stopped_by:
-                display.note("the same command goes on where it stopped")
-                return stopped_by
-    table = ablation_table(runs, options.target)
-    data.write_whole(options.out / "table.md", table)
-    display.note(f"\n{table}\n{draw_ablation(runs, options.out / 'ablation.png')}, {options.out / 'table.md'}")
-    return 0
-
-
-def measured_problems(config: Config, folder: Path, display: Display) -> tuple[Path, Path, Path]:
-    """Write down what all variants of a seed share: problems with pass rates, those not always solved, held-out ones.
-
-    The pass rates are those of the model to be trained, as `python data.py measure` and `filter` give them.
-    """
-    problems, filtered, held_out, scores = (
-        folder / f"{name}.jsonl" for name in ("problems", "filtered", "held_out", "scores")
-    )
-    training, evaluation = load_data(config)
-    data.write_problems(training, problems)
-    data.write_problems(evaluation, held_out)
-    model = str(toy_model_folder(config, evaluation, display)) if config.model == "toy" else config.model
-    common = {field.name: getattr(config, field.name) for field in fields(Common)}
-    run_measure(Measure(**{**common, "model": model}, data=str(problems), out=str(scores),
-                        max_response_tokens=config.stages[-1].max_response_tokens))
-    if not filtered.exists():
-        data.filter_problems(data.Filter(str(scores), filtered))
-    return scores, filtered, held_out
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """What the ablation compares of one run."""
-
-    final: float
-    """Held-out pass rate at the end."""
-    steps: float | None
-    """Steps to the target, interpolated between evaluations; None if it was not reached."""
-    generated: float | None
-    """Tokens generated in them."""
-    forwarded: float | None
-    """Tokens forwarded by their updates."""
-    informative: float
-    """Mean share of informative groups."""
-    distinct_4: float
-    """Of the last tenth of the steps."""
-
-    @classmethod
-    def of(cls, run: Run, target: float) -> RunSummary:
-        lines = list(data.read_lines(run.folder / "metrics.jsonl"))
-        points = [(e["step"], e["avg_at_k"]) for e in data.read_lines(run.folder / "evaluations.jsonl")]
-        steps = 0.0 if points[0][1] >= target else None
-        for (s0, rate0), (s1, rate1) in itertools.pairwise(points):
-            if steps is None and rate0 < target <= rate1:
-                steps = s0 + (s1 - s0) * (target - rate0) / (rate1 - rate0)
-
-        def spent(metric: str) -> float | None:
-            return None if steps is None else sum(
-                line[metric] * min(1.0, max(0.0, steps - line["step"] + 1)) for line in lines
-            )
-
-        return cls(
-            points[-1][1], steps, spent("tokens/rollout"), spent("tokens/update"),
-            statistics.fmean(line["batch/informative"] for line in lines),
-            statistics.fmean(line["diversity/distinct_4"] for line in lines[-max(1, len(lines) // 10) :]),
-        )
-
-
-def ablation_table(runs: dict[str, list[Run]], target: float) -> str:
-    """Compare the variants in Markdown: means over seeds, with the 95 % interval where there are several.
-
-    A seed has problems and a model of its own, so a variant is compared with all mechanisms seed by seed.
-    """
-    summaries = {name: [RunSummary.of(run, target) for run in several] for name, several in runs.items()}
-    complete = summaries["all mechanisms"]
-
-    def shown(found: list[RunSummary], metric: str, form: str, scale: float) -> str:
-        values, others = ([getattr(summary, metric) for summary in several] for several in (found, complete))
-        if None in values:
-            return f"reached by {len(values) - values.count(None)} of {len(values)}"
-        mean, interval = mean_and_interval([value * scale for value in values])
-        text = format(mean, form)
-        if found is not complete and None not in others:
-            difference, interval = mean_and_interval(
-                [(value - other) * scale for value, other in zip(values, others, strict=True)]
-            )
-            text += f" ({difference:+{form}}" + (")" if math.isnan(interval) else f" ± {interval:{form}})")
-        elif not math.isnan(interval):
-            text += f" ± {interval:{form}}"
-        return text
-
-    columns = (
-        ("held-out at the end, %", "final", ".1f", 100), (f"steps to {target:.0%}", "steps", ".0f", 1),
-        ("generated, k tokens", "generated", ".0f", 1e-3), ("updated, k tokens", "forwarded", ".0f", 1e-3),
-        ("informative, %", "informative", ".0f", 100), ("distinct-4 at the end", "distinct_4", ".3f", 1),
-    )  # fmt: skip
-    rows = [["variant (against all mechanisms)", *(title for title, *_ in columns)], ["---"] * (1 + len(columns))]
-    rows += [[name, *(shown(found, *column[1:]) for column in columns)] for name, found in summaries.items()]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def draw_ablation(runs: dict[str, list[Run]], path: Path) -> Path:
-    """Draw the variants over time, each as its mean over seeds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 9), layout="constrained")
-    axes = figure.subplots(2, 2)
-    for number, (name, several) in enumerate(runs.items()):
-        metrics = [list(data.read_lines(run.folder / "metrics.jsonl")) for run in several]
-        evaluations = [list(data.read_lines(run.folder / "evaluations.jsonl")) for run in several]
-        style: dict[str, Any] = {"color": f"C{number}", "linewidth": 2.5 if number == 0 else 1.2, "label": name}
-
-        def mean(lines: Sequence[Sequence[dict[str, Any]]], metric: str) -> list[float]:
-            return [statistics.fmean(line[metric] for line in same) for same in zip(*lines, strict=False)]
-
-        tokens = [0.0, *itertools.accumulate(mean(metrics, "tokens/rollout"))]
-        held_out, steps = mean(evaluations, "avg_at_k"), [e["step"] for e in evaluations[0]]
-        axes[0, 0].plot(steps, held_out, marker=".", **style)
-        axes[0, 1].plot([tokens[step] / 1e6 for step in steps], held_out, marker=".", **style)
-        for axis, metric in ((axes[1, 0], "batch/informative"), (axes[1, 1], "diversity/distinct_4")):
-            values = mean(metrics, metric)
-            smooth = [statistics.fmean(values[max(0, i - 4) : i + 5]) for i in range(len(values))]
-            axis.plot(range(1, len(values) + 1), smooth, **style)
-    for axis, x, y in ((axes[0, 0], "step", "held-out pass rate"),
-                       (axes[0, 1], "million generated tokens", "held-out pass rate"),
-                       (axes[1, 0], "step", "share of informative groups"), (axes[1, 1], "step", "distinct-4")):
-        axis.set(xlabel=x, ylabel=y)
-    axes[0, 0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
-    return path
-
-
-# --------------------------------------------------------------------- the memory plan
-
-GIB = 2**30
-CUDA_CONTEXT = 1.0 * GIB
-"""CUDA's context, its libraries' workspaces, gaps between tensors: an assumption."""
-KNOWN_SHAPES: dict[str, PretrainedConfig] = {
-    **{name: Qwen3Config(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960,
-        tie_word_embeddings=tied,
-    ) for name, hidden, inner, layers, heads, tied in (
-        ("Qwen/Qwen3-1.7B", 2048, 6144, 28, 16, True), ("Qwen/Qwen3-4B", 2560, 9728, 36, 32, True),
-        ("Qwen/Qwen3-8B", 4096, 12288, 36, 32, False),
-    )},
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": Qwen2Config(
-        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-        vocab_size=152064, max_position_embeddings=131072, tie_word_embeddings=False,
-    ),
-}  # fmt: skip
-"""So that the presets' models can be planned without a network. Source: their config.json on the hub."""
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """Say what a run takes of a GPU's memory, phase by phase, and the cheapest change that makes it fit.
-
-    Needs neither a GPU nor weights. Every other option is one of training (python train.py --help).
-    """
-
-    gpu_memory: float = 24.0
-    """GiB of each GPU, as PyTorch sees them: about 23.5 of an RTX 3090 or 4090."""
-    gpus: int = 1
-    """How many torchrun will use."""
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes by phase and by what takes them, on each GPU."""
-
-    phases: dict[str, dict[str, float]]
-    responses: float
-    """Responses of full length that the engine's key-value cache holds at once."""
-    cpu: dict[str, float] = field(default_factory=dict)
-    """What waits in CPU memory."""
-
-    def peak(self, *phases: str) -> float:
-        return max(sum(self.phases[phase].values()) for phase in phases or self.phases)
-
-
-def plan_memory(config: Config, card: float, gpus: int = 1) -> MemoryPlan:
-    """Work out what every phase of a step takes of a GPU with `card` bytes."""
-    if config.dtype == "auto":
-        config = replace(config, dtype="bfloat16")
-    shape = model_shape(config)
-    policy, tokens = unloaded_policy(config, shape), config.max_prompt_tokens + config.longest_response
-    weights, state, gathered = weight_bytes(policy, config), float(optimizer_bytes(policy, config)), 0.0
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    gradients: float = sum(p.numel() * p.element_size() for p in trained)
-    if gpus > 1 and config.lora_rank == 0:  # FSDP brings embedding, head and two blocks together: weights, gradients,
-        layers = blocks(causal_lm(policy))  # and these once more on their way to the other GPUs
-        block = sum(p.numel() * p.element_size() for p in layers[0].parameters())
-        gathered = 3 * (weights - (len(layers) - 2) * block)
-        weights, gradients, state = weights / gpus, gradients / gpus, state / gpus
-    held = {"policy": weights, "optimizer": 0.0 if config.offload_optimizer else state, "CUDA": CUDA_CONTEXT}
-    largest = max(trained, key=torch.Tensor.numel)  # of which the step by weights has copies
-    step = 16.0 * largest.numel() if largest.dtype == torch.bfloat16 else 0.0  # float32 weight, gradient, noise, sum
-    if config.offload_optimizer:
-        step += state * largest.numel() / sum(p.numel() for p in trained)
-
-    kept, logprobs, backward, block_inputs = update_bytes(policy, config, tokens)
-    held, engine, rollout, responses = engine_bytes(policy, config, held, card, tokens, sharded=gathered > 0)
-    always = {**held, "gathered weights": gathered, "gradients": gradients, "activations kept": kept}
-    recomputed = "block recomputed" if config.gradient_checkpointing else "backward"
-    phases = {
-        "weight sync": engine,
-        "rollout": rollout,
-        "log-probs": {**always, "log-prob chunk": logprobs - kept},
-        "backward": {**always, recomputed: backward - kept},
-        "optimizer step": {**always, "activations kept": 0.0, "one weight": step},
-    }
-    cpu = {"policy": weights * config.offload_policy, "activations": block_inputs * config.offload_activations,
-           "optimizer": state * config.offload_optimizer}  # fmt: skip
-    return MemoryPlan({phase: _without_zeros(parts) for phase, parts in phases.items()}, responses, _without_zeros(cpu))
-
-
-def _without_zeros(parts: Mapping[str, float]) -> dict[str, float]:
-    return {what: size for what, size in parts.items() if size}
-
-
-def frozen_linear(policy: torch.nn.Module) -> list[torch.Tensor]:
-    """Return the weights under the LoRA adapters, which are those that `quantize_base` keeps in 4 bits."""
-    head: Any = causal_lm(policy).get_output_embeddings()
-    linear = (module.weight for module in policy.modules() if type(module) is torch.nn.Linear and module is not head)
-    return [weight for weight in linear if not weight.requires_grad]
-
-
-def weight_bytes(policy: torch.nn.Module, config: Config) -> float:
-    """Return what the policy's weights take."""
-    size: float = sum(p.numel() * p.element_size() for p in policy.parameters())
-    if config.quantize_base:  # half a byte, and 8 bits for every 64 weights with 32 bits for every 256 of these
-        size -= sum(w.numel() * (w.element_size() - 0.5 - 1 / 64 - 4 / (64 * 256)) for w in frozen_linear(policy))
-    return size
-
-
-def update_bytes(policy: torch.nn.Module, config: Config, longest: int) -> tuple[float, float, float, float]:
-    """Return what the forward pass keeps, the peaks of log-probs and backward pass, and the inputs of all blocks.
-
-    Not estimated by formulas but found by a dry run of the update's own code. `longest`: a prompt and its response.
-    """
-    row = max(longest, min(config.tokens_per_micro_batch, longest * config.prompts_per_step * config.group_size))
-    same = replace(config, quantize_base=False, offload_activations=False, offload_optimizer=False, attention="sdpa",
-                   offload_policy=False, optimizer="adamw", lr=1.0)  # in these a dry run would not differ
-    one, two = (dry_run(same, layers, row) for layers in (1, 2))
-    layers: int = causal_lm(policy).config.get_text_config().num_hidden_layers
-    more = 0 if config.offload_activations else layers - 1
-    kept, logprobs, backward = (a + more * (b - a) for a, b in zip(one, two, strict=True))
-    if config.quantize_base:  # one matrix at a time is made 16-bit again
-        backward += max(w.numel() * w.element_size() for w in frozen_linear(policy))
-    return kept, logprobs, backward, layers * (two[0] - one[0])
-
-
-def engine_bytes(
-    policy: torch.nn.Module, config: Config, held: dict[str, float], card: float, longest: int, *, sharded: bool
-) -> tuple[dict[str, float], dict[str, float], dict[str, float], float]:
-    """Return what is held in every phase, in weight sync and in rollout, and how many responses the cache holds."""
-    compute = getattr(torch, config.dtype)
-    whole_model = [p for p in policy.parameters() if config.lora_rank == 0 or not p.requires_grad]
-    weights = float(sum(p.numel() for p in whole_model) * compute.itemsize)
-    response = kv_bytes_per_token(causal_lm(policy).config, compute) * (longest + KV_BLOCK)
-    cache = float(response * config.rollouts_per_batch)
-    if config.engine == "hf":  # the policy itself, but a copy of sharded weights; autocast keeps 16-bit ones of float32
-        held = {**held, "engine weights": weights} if sharded else held
-        copies = config.lora_rank == 0 and whole_model[0].dtype != compute
-        rollout = {**held, "engine weights": weights if sharded or copies else 0.0}
-        return held, held, {**rollout, "key-value cache": cache}, cache / response
-    engine = {**held, "engine weights": weights}
-    rollout = {**engine, "CUDA": CUDA_CONTEXT + ENGINE_SHARE * card}
-    rollout["policy"] *= not config.offload_policy
-    cache = max(response, min(card - sum(rollout.values()), cache))
-    return held, engine, {**rollout, "key-value cache": cache}, cache / response
-
-
-def unloaded_policy(config: Config, shape: PretrainedConfig) -> torch.nn.Module:
-    """Make the policy on the meta device: every shape and type, no memory."""
-    dtype = stored_dtype(config, getattr(torch, config.dtype))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=config.trust_remote_code)
-        return prepare_policy(model, config)
-
-
-@functools.cache
-def dry_run(config: Config, layers: int, tokens: int) -> tuple[float, float, float]:
-    """Run the update's own code on fake tensors, which have shapes but no content, and count what is alive.
-
-    One row of `tokens` tokens and a model of few layers: all are alike, so each more takes what the second takes.
-
-    Returns bytes without weights and their gradients: what forward keeps, the peaks of log-probs and backward pass.
-    """
-    shape = copy.deepcopy(model_shape(config))
-    text = shape.get_text_config()
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
-    policy = unloaded_policy(config, shape)
-    model, live, found = causal_lm(policy), LiveMemory(), []
-
-    def hidden_states(row: Row, config: Config) -> torch.Tensor:
-        hidden = _hidden_states(model, row, config)
-        found.append(live.bytes)
-        forward = live.peak
-        live.peak = live.bytes
-
-        def at_begin_of_backward(gradient: torch.Tensor) -> None:
-            found.append(live.peak)
-            live.peak = forward  # in case it is the higher one
-
-        hidden.register_hook(at_begin_of_backward)
-        return hidden
-
-    model.hidden_states = hidden_states  # type: ignore[assignment]
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        fake_weights(policy)
-        few = min(tokens, 2 * config.logprob_chunk_tokens + 1)  # all chunks are alike too
-        rollout = Rollout("", [0] * (tokens - few + 1), [0] * few, [0.0] * few, "", "length", advantage=1.0)
-        (row,) = pack([(rollout, 1)], tokens)
-        for parameter in policy.train().parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-            live.ignore(parameter, parameter.grad)
-        try:
-            with live:
-                token_logprobs(policy, row, 1.0, config, lambda row, logprobs: logprobs * row.advantages)
-        except RuntimeError as error:
-            raise ModelError(f"model is {config.model}: its memory cannot be planned, as its code looks at values, not "
-                             f"only shapes ({type(error).__name__})") from error
-    kept, logprobs = found
-    states = (tokens - few) * text.hidden_size * getattr(torch, config.dtype).itemsize  # of the other chunks; and
-    return kept, logprobs + 2 * states, live.peak + 2 * states  # their gradients
-
-
-def fake_weights(policy: torch.nn.Module) -> None:
-    """Give a policy on the meta device fake weights on the CPU, shared ones shared."""
-    fake: dict[torch.Tensor, torch.Tensor] = {}
-    for module in policy.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and tensor not in fake:
-                    fake[tensor] = torch.empty_like(tensor, device="cpu")
-                    if isinstance(tensor, torch.nn.Parameter):
-                        fake[tensor] = torch.nn.Parameter(fake[tensor], requires_grad=tensor.requires_grad)
-                if tensor is not None:
-                    tensors[name] = fake[tensor]  # type: ignore[assignment]
-
-
-class LiveMemory(TorchDispatchMode):
-    """Count the bytes of all tensors that operations make, while they live, and the most there were: `peak`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = self.peak = 0
-        self._known: set[int] = set()  # storages
-
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        made = operation(*args, **(kwargs or {}))
-        for tensor in pytree.tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
-                self._see(tensor.untyped_storage())
-        return made
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata not in self._known:
-            self._known.add(storage._cdata)
-            self._grow(storage.nbytes())
-            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
-
-    def _forget(self, storage: int, size: int) -> None:
-        self._known.discard(storage)
-        self._grow(-size)
-
-    def _grow(self, size: int) -> None:
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-
-    def ignore(self, *tensors: torch.Tensor | None) -> None:
-        self._known |= {tensor.untyped_storage()._cdata for tensor in tensors if tensor is not None}
-
-
-def model_shape(config: Config) -> PretrainedConfig:
-    """Return the configuration of the model, which has its shape."""
-    if config.model == "toy":
-        return Qwen3Config(vocab_size=len(data.toy_tokenizer()), **TOY_MODEL)
-    if config.model in KNOWN_SHAPES:
-        return KNOWN_SHAPES[config.model]
-    try:
-        return AutoConfig.from_pretrained(base_model(config.model), trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model is {config.model}: no config.json of it can be read; give a folder or a hub name like "
-                         "Qwen/Qwen3-1.7B") from error
-
-
-Change = tuple[dict[str, Any], str]
-"""Settings and their price."""
-
-
-def changes_by_price(config: Config) -> list[Change]:
-    """Return what needs less memory, cheapest first."""
-    longest = config.max_prompt_tokens + config.longest_response
-    changes: list[Change] = [
-        ({"offload_policy": True}, "copies to and from CPU memory, once a step"),
-        ({"gradient_checkpointing": True}, "blocks are computed twice"),
-        ({"tokens_per_micro_batch": longest}, "more rows"),
-        ({"offload_activations": True}, "copies to and from CPU memory"),
-        ({"mlp_chunk_tokens": 4096}, "MLPs are computed a third time"),
-        ({"optimizer": "adamw8bit"}, "a coarser optimizer state"),
-        ({"offload_optimizer": True}, "copies to and from CPU memory, once a step"),
-        ({"trained_weights": "bfloat16"}, "coarser weights and gradients"),
-    ]
-    if config.engine == "hf":
-        changes.insert(0, ({"rollouts_per_batch": 16}, "slower, and other responses are drawn"))
-    if config.lora_rank == 0:
-        changes.append(({"lora_rank": 32, "lr": 1e-5, "trained_weights": "float32"}, "only adapters learn"))
-    changes.append(({"quantize_base": True}, "a base of 4-bit weights"))
-    return changes
-
-
-def changed(config: Config, changes: Sequence[Change]) -> Config:
-    return replace(config, **{name: value for change, _ in changes for name, value in change.items()})
-
-
-def cheapest_changes(config: Config, peak: Callable[[Config], float], card: float) -> list[Change]:
-    """Return the cheapest change that makes a configuration fit; if none does alone, several that all are needed."""
-    def peak_with(changes: Sequence[Change]) -> float:
-        try:
-            return peak(changed(config, changes))
-        except ValueError:  # one change needs another, or excludes it
-            return math.inf
-
-    taken: list[Change] = []
-    for change in changes_by_price(config):
-        if peak_with([change]) <= card:
-            return [change]
-        if peak_with([*taken, change]) < peak_with(taken):
-            taken.append(change)
-    for change in reversed(taken.copy()):  # the dearest first
-        rest = [other for other in taken if other is not change]
-        if peak_with(rest) <= card:
-            taken = rest
-    return taken
-
-
-def run_plan(options: PlanOptions, config: Config, display: Display) -> None:
-    """Print the plan and, if it does not fit, what would."""
-    if not 0 < options.gpu_memory < math.inf or options.gpus < 1:
-        raise ConfigError(f"gpu_memory is {options.gpu_memory}, gpus {options.gpus}: give GiB above 0, and at least 1")
-    card = options.gpu_memory * GIB
-
-    @functools.cache
-    def plan(config: Config) -> MemoryPlan:
-        return plan_memory(config, card, options.gpus)
-
-    def peak(config: Config) -> float:
-        if options.gpus > 1:
-            refuse_unshardable(config)
-        return plan(config).peak()
-
-    def summary(config: Config) -> str:
-        full = plan(config).peak("rollout") <= card  # by a cache that takes what is left
-        worst = max((phase for phase in plan(config).phases if phase != "rollout" or not full), key=plan(config).peak)
-        return (f"{worst} takes {plan(config).peak(worst) / GIB:.1f} of {options.gpu_memory:g} GiB; the cache holds "
-                f"{plan(config).responses:.1f} responses of full length at once")
-
-    display.note(f"{config.model}, responses of up to {config.longest_response:,} tokens, {options.gpus} x "
-                 f"{options.gpu_memory:g} GiB, engine {'hf' if config.engine == 'hf' else 'vllm'}; GiB on each GPU:\n")
-    fits = peak(config) <= card
-    show_plan(plan(config), card, display)
-    display.note(f"\n{'fits' if fits else 'does not fit'}: {summary(config)}")
-    if fits:
-        return
-    changes = fitting = cheapest_changes(config, peak, card)
-    length = config.longest_response
-    while peak(changed(config, fitting)) > card:
-        length //= 2
-        if length < 128:
-            display.note("nothing that is known here makes it fit: take a smaller model or a larger GPU")
-            return
-        row = min(config.tokens_per_micro_batch, length + config.max_prompt_tokens)
-        fitting = [*changes, ({"max_response_tokens": length, "tokens_per_micro_batch": row}, "shorter responses")]
-    display.note(f"the cheapest change that fits: {summary(changed(config, fitting))}")
-    for settings, price in fitting:
-        flags = (f"--{name.replace('_', '-')}" + f" {value}" * (value is not True) for name, value in settings.items())
-        display.note(f"  {' '.join(flags)}    ({price})")
-
-
-def show_step(config: Config, metrics: dict[str, float | None], display: Display) -> None:
-    """Print a step's row; on a GPU, after the second, the memory plan beside what the step took by then."""
-    display.row(metrics)
-    if display.rows == 2 and (device := resolve_device(config.device)).type == "cuda":
-        plan, card = plan_for(config, device)
-        names = {"rollout": "memory/rollout_gib", "backward": "memory/update_gib"}
-        measured = {phase: (metrics[name] or 0.0) * GIB for phase, name in names.items()}
-        if plan is not None:
-            show_plan(plan, card, display, measured)
-
-
-def plan_for(config: Config, device: torch.device) -> tuple[MemoryPlan | None, float]:
-    """Return the plan for a GPU, None for a model that has none, and the GPU's bytes."""
-    card = float(torch.cuda.mem_get_info(device)[1])
-    try:
-        return plan_memory(replace(config, engine="vllm" if uses_vllm(config) else "hf"), card, rank_count()), card
-    except ModelError:
-        return None, card
-
-
-def warn_if_too_large(config: Config, device: torch.device, display: Display) -> None:
-    plan, card = plan_for(config, device)
-    if plan is not None and plan.peak() > card:
-        display.note(f"warning: {plan.peak() / GIB:.1f} GiB are planned, there are {card / GIB:.1f}: for what fits ask "
-                     f"python train.py plan --gpu-memory {card / GIB:.1f} with the same options")
-
-
-def show_plan(plan: MemoryPlan, card: float, display: Display, measured: Mapping[str, float] | None = None) -> None:
-    """Draw a bar for each phase, as long as the share of the card that it takes."""
-    width = 48
-    for phase, parts in plan.phases.items():
-        bar, total = "", 0.0
-        for what, size in parts.items():
-            total += size
-            bar += PLAN_LETTERS[what] * (round(width * total / card) - len(bar))
-        found = f" ({measured[phase] / GIB:.1f} measured)" if measured and phase in measured else ""
-        legend = "  ".join(f"{PLAN_LETTERS[what]} {what} {size / GIB:.1f}" for what, size in parts.items())
-        end = ">" if total > card else "|"
-        display.note(f"{phase:14} {bar[:width].ljust(width, '.')}{end} {total / GIB:5.1f}{found}  {legend}")
-    if plan.cpu:
-        display.note("in CPU memory  " + ", ".join(f"{what} {size / GIB:.1f}" for what, size in plan.cpu.items()))
-
-
-PLAN_LETTERS = {"policy": "P", "gathered weights": "W", "optimizer": "O", "gradients": "G", "CUDA": "C",
-                "activations kept": "A", "log-prob chunk": "L", "block recomputed": "B", "backward": "B",
-                "one weight": "S", "engine weights": "E", "key-value cache": "K"}  # fmt: skip
+        display.note("  python tools/ablate.py    # each mechanism off in turn: over an hour")
 
 
 # -------------------------------------------------------------------- the command line
@@ -2876,28 +2090,6 @@ def main(arguments: Sequence[str]) -> None:
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a CPU kernel that is not needed
     display = Display()
-    if arguments[:1] == ["report"]:
-        asked = data.read_options(tyro.conf.PositionalRequiredArgs[Report], arguments[1:], "train.py report")
-        if not asked.runs:
-            raise ConfigError("report needs runs: python train.py report RUN [RUN...]")
-        display.note(str(write_report(asked.runs, asked.out)))
-        return
-    if arguments[:1] == ["ablate"]:
-        refuse_torchrun("ablate")
-        options, others = data.read_options(Ablate, arguments[1:], "train.py ablate", return_unknown_args=True)
-        end_by(run_ablation(options, read_config(others), display))
-        return
-    if arguments[:1] == ["plan"]:
-        refuse_torchrun("plan")
-        planned, others = data.read_options(PlanOptions, arguments[1:], "train.py plan",
-                                            return_unknown_args=True)
-        run_plan(planned, read_config(others, needs_data=False), display)
-        return
-    if arguments[:1] == ["export-verl"]:
-        refuse_torchrun("export-verl")
-        export, others = data.read_options(ExportVerl, arguments[1:], "train.py export-verl", return_unknown_args=True)
-        export_verl(export, read_config(others), display)
-        return
     config = read_config(arguments)
     start_ranks(config)
     run, stopped_by = run_training(config, display)
@@ -2950,7 +2142,7 @@ if __name__ == "__main__":
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        print(f"train.py: error: memory ran out ({error}): ask python train.py plan what fits", file=sys.stderr)
+        print(f"train.py: error: memory ran out ({error}): ask python tools/plan.py what fits", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("train.py: ended at once; a run with a checkpoint goes on there with --resume", file=sys.stderr)

@@ -98,7 +98,7 @@ def _run(arguments: list[str], environment: dict[str, str], cwd: str, output: li
     os.environ.update(environment)
     os.chdir(cwd)
     sys.argv = arguments
-    sys.path[0] = str(ROOT)
+    sys.path[0] = str(Path(arguments[0]).parent)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a fork server ignores it
     if faults.kill_at:
         sys.addaudithook(_killer(faults))

@@ -1,4 +1,4 @@
-"""Switching mechanisms off: what is left is plain GRPO, and what `train.py ablate` makes of the comparison."""
+"""Switching mechanisms off: what is left is plain GRPO, and what tools/ablate.py makes of the comparison."""
 from __future__ import annotations
 
 import json
@@ -12,6 +12,7 @@ import torch
 from conftest import even_sums, lines
 from transformers import AutoModelForCausalLM
 
+import ablate
 import data
 import train
 from polaris_mini import PRESETS, advantages
@@ -57,7 +58,7 @@ def test_with_all_mechanisms_off_training_is_plain_grpo_to_the_bit(environment, 
 
 def test_each_variant_differs_from_all_mechanisms_in_one_setting():
     config = PRESETS["toy"]
-    variants = train.ablation_variants(config, "filtered.jsonl", "scores.jsonl")
+    variants = ablate.ablation_variants(config, "filtered.jsonl", "scores.jsonl")
     complete = variants.pop("all mechanisms")
     plain = variants.pop("plain GRPO")
     changed = [name for variant in variants.values() for name in vars(variant)
@@ -73,7 +74,7 @@ def test_each_variant_differs_from_all_mechanisms_in_one_setting():
 
 def test_a_run_of_one_stage_has_no_variants_without_a_rise():
     one_stage = replace(PRESETS["toy"], stages=PRESETS["toy"].stages[:1])
-    assert list(train.ablation_variants(one_stage, "filtered.jsonl", "scores.jsonl")) == [
+    assert list(ablate.ablation_variants(one_stage, "filtered.jsonl", "scores.jsonl")) == [
         "all mechanisms", "no difficulty filter", "no rescue", "no substitution", "no removal of mastered problems",
         "plain GRPO"]  # fmt: skip
 
@@ -90,14 +91,14 @@ def made_up_run(folder: Path, rates: dict[int, float], tokens: int = 1000) -> tr
 
 def test_summary_interpolates_the_steps_and_tokens_to_the_target(tmp_path):
     run = made_up_run(tmp_path / "rising", {0: 0.2, 10: 0.4, 20: 0.6})
-    summary = train.RunSummary.of(run, target=0.45)
+    summary = ablate.RunSummary.of(run, target=0.45)
     assert summary.steps == pytest.approx(12.5)
     assert summary.generated == pytest.approx(12_500)
     assert summary.forwarded == pytest.approx(125)
     assert (summary.final, summary.informative) == (0.6, 0.5)
     assert summary.distinct_4 == pytest.approx((1 / 19 + 1 / 20) / 2)
-    assert train.RunSummary.of(run, target=0.7).steps is None
-    assert train.RunSummary.of(run, target=0.1).steps == 0
+    assert ablate.RunSummary.of(run, target=0.7).steps is None
+    assert ablate.RunSummary.of(run, target=0.1).steps == 0
 
 
 def test_table_pairs_seeds_and_says_which_runs_did_not_reach_the_target(tmp_path):
@@ -105,7 +106,7 @@ def test_table_pairs_seeds_and_says_which_runs_did_not_reach_the_target(tmp_path
         "all mechanisms": [made_up_run(tmp_path / f"all{i}", {0: 0.0, 10: end}) for i, end in enumerate((0.8, 0.6))],
         "plain GRPO": [made_up_run(tmp_path / f"plain{i}", {0: 0.0, 10: end}) for i, end in enumerate((0.7, 0.4))],
     }
-    head, _, complete, plain = train.ablation_table(runs, target=0.5).splitlines()
+    head, _, complete, plain = ablate.ablation_table(runs, target=0.5).splitlines()
     assert "steps to 50%" in head
     assert complete.startswith("| all mechanisms | 70.0 ± ")
     assert "| 55.0 (-15.0 ± 63.5) | reached by 1 of 2 |" in plain  # t(1) = 12.71; differences -10 and -20
@@ -114,10 +115,10 @@ def test_table_pairs_seeds_and_says_which_runs_did_not_reach_the_target(tmp_path
 def test_ablate_runs_every_variant_once_and_goes_on_where_it_stopped(run_train, tmp_path):
     rows = [{"problem": p.text, "answer": p.answers[0]} for p in data.toy_problems(30, seed=5)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["ablate", "--out", tmp_path / "out", "--seeds", 2, "--data", tmp_path / "sums.jsonl", *SMALL,
+    options = ["--out", tmp_path / "out", "--seeds", 2, "--data", tmp_path / "sums.jsonl", *SMALL,
                "--stages", "1:1.0:40", "1:1.1:48",
                "--target", 0.5]
-    result = run_train(*options)
+    result = run_train(*options, script="tools/ablate.py")
     assert result.returncode == 0, result.stderr
     table = (tmp_path / "out" / "table.md").read_text()
     assert len(table.splitlines()) == 2 + 8
@@ -134,11 +135,11 @@ def test_ablate_runs_every_variant_once_and_goes_on_where_it_stopped(run_train, 
     shutil.rmtree(cut / "checkpoints" / "step_000002")
     (cut / "metrics.jsonl").write_text((cut / "metrics.jsonl").read_text().splitlines(keepends=True)[0])
     (tmp_path / "out" / "table.md").unlink()
-    result = run_train(*options)
+    result = run_train(*options, script="tools/ablate.py")
     assert result.returncode == 0, result.stderr
     assert [line for line in result.stdout.splitlines() if line.startswith("seed ")] == [
         "seed 1, no growing length", "seed 1, plain GRPO"]
     assert (tmp_path / "out" / "table.md").read_text() == table
 
-    result = run_train(*options, "--lr", "1e-3")
+    result = run_train(*options, "--lr", "1e-3", script="tools/ablate.py")
     assert (result.returncode, "other settings" in result.stderr) == (2, True)

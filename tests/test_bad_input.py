@@ -128,27 +128,34 @@ CASES = {
         ("--resume other_run", "its config.json is damaged or of another version"),
         ("--run-dir model", "run_dir is model: it exists already; go on with --resume model"),
         ("--run-dir sums.jsonl/run", "run_dir is sums.jsonl/run: nothing can be made in /"),
-        # the other commands
-        ("report", "report needs runs: python train.py report RUN [RUN...]"),
-        ("report nowhere", "nowhere: no metrics.jsonl"),
-        ("export-verl", "model is toy: give --model"), ("export-verl --modle x", "Unrecognized options: --modle, x"),
-        ("export-verl --model model", "model is model, but data is missing"),
-        (f"export-verl {REAL} --prompts-per-step 99", "prompts_per_step is 99, but there are 52 training problems"),
-        (f"export-verl {REAL} --updates-per-batch 3", "updates_per_batch is 3: on verl it must divide"),
-        (f"export-verl {REAL} --gpus 0", "gpus is 0: give at least 1"),
-        (f"export-verl {REAL} --machines 0", "machines is 0: give at least 1"),
-        (f"export-verl {REAL} --reward no_function:score", "reward is no_function:score: leave it out, and name"),
-        (f"export-verl {REAL} --stages 5:1.0:20 5:auto:20", "the temperature of stage 2 is auto: choose it with"),
-        (f"export-verl {REAL} --out sums.jsonl", "out is sums.jsonl: it exists already; give another"),
-        (f"export-verl {REAL} --model ./nowhere", "model is ./nowhere: no config.json of it can be read"),
-        ("ablate --resume damaged_run", "resume is damaged_run"), ("ablate --track tensorboard", "or track is set"),
-        ("ablate --seeds 0", "seeds is 0"), ("ablate --target 2", "target 2.0: give at least 1, and a pass rate"),
-        ("ablate --sead 1", "Unrecognized options: --sead, 1"), ("ablate --seeds many", "--seeds: invalid literal"),
-        ("plan --gpu-memory 0", "gpu_memory is 0.0"), ("plan --gpus 0", "gpus 0: give GiB above 0, and at least 1"),
-        ("plan --gpu-memory big", "--gpu-memory: could not convert"), ("plan --gpuz 1", "Unrecognized options: --gpuz"),
-        ("plan --model ./nowhere", "model is ./nowhere: no config.json of it can be read"),
     ],
-    "rollout.py": [
+    "tools/report.py": [
+        ("", "report needs a run, and runs/ has none: python tools/report.py RUN [RUN...]"),
+        ("nowhere", "nowhere: no metrics.jsonl"),
+    ],
+    "tools/export_verl.py": [
+        ("", "model is toy: give --model"), ("--modle x", "Unrecognized options: --modle, x"),
+        ("--model model", "model is model, but data is missing"),
+        (f"{REAL} --prompts-per-step 99", "prompts_per_step is 99, but there are 52 training problems"),
+        (f"{REAL} --updates-per-batch 3", "updates_per_batch is 3: on verl it must divide"),
+        (f"{REAL} --gpus 0", "gpus is 0: give at least 1"), (f"{REAL} --machines 0", "machines is 0: give at least 1"),
+        (f"{REAL} --reward no_function:score", "reward is no_function:score: leave it out, and name"),
+        (f"{REAL} --stages 5:1.0:20 5:auto:20", "the temperature of stage 2 is auto: choose it with"),
+        (f"{REAL} --out sums.jsonl", "out is sums.jsonl: it exists already; give another"),
+        (f"{REAL} --model ./nowhere", "model is ./nowhere: no config.json of it can be read"),
+    ],
+    "tools/ablate.py": [
+        ("--resume damaged_run", "resume is damaged_run"), ("--track tensorboard", "or track is set"),
+        ("--seeds 0", "seeds is 0"), ("--target 2", "target 2.0: give at least 1, and a pass rate"),
+        ("--sead 1", "Unrecognized options: --sead, 1"), ("--seeds many", "--seeds: invalid literal"),
+    ],
+    "tools/plan.py": [
+        ("--gpu-memory 0", "gpu_memory is 0.0"), ("--gpus 0", "gpus 0: give GiB above 0, and at least 1"),
+        ("--gpu-memory big", "--gpu-memory: could not convert"), ("--gpuz 1", "Unrecognized options: --gpuz"),
+        ("--model ./nowhere", "model is ./nowhere: no config.json of it can be read"),
+        ("--run nowhere", "resume is nowhere: there is no run in it"),
+    ],
+    "tools/evaluate.py": [
         ("sample", "command is sample: give one of measure, probe, eval"),
         ("eval --model ./nowhere", "model is ./nowhere: no such folder; give a folder or a hub name"),
         ("eval --model model --data toy no.jsonl", "no.jsonl: there is no such file"),
@@ -173,7 +180,7 @@ CASES = {
         ("measure --warmth 1", "Unrecognized options: --warmth, 1"),
         ("measure --model model --data sums.jsonl --reward nowhere:score", "No module named 'nowhere'"),
     ],
-    "data.py": [
+    "tools/difficulty.py": [
         ("sort", "Unrecognized options: sort"), ("filter", "--scores"),
         ("filter --scores scores.jsonl --out a.jsonl --layout odd", "'odd' for argument '--layout'"),
         ("filter --scores scores.jsonl --out out.csv", "--out out.csv: give a name"),
@@ -182,7 +189,7 @@ CASES = {
         ("filter --scores score.jsonl --out out.jsonl", "no such file: did you mean scores.jsonl"),
         ("filter --scores scores --out out.jsonl", "'scores' is neither a file nor"),
         ("filter --scores unmeasured.jsonl --out out.jsonl",
-         "unmeasured.jsonl: problem b has no pass rate: measure first (python data.py measure)"),
+         "unmeasured.jsonl: problem b has no pass rate: measure first (python tools/evaluate.py measure)"),
         ("filter --scores scores.jsonl --out out.jsonl --min-pass-rate 1 --max-pass-rate 1",
          "scores.jsonl: no problem has a pass rate from 1.0 to 1.0: widen the range"),
         *((f"filter --scores scores.jsonl --out out.jsonl {limit}", "give shares, 0 <= min <= max <= 1") for limit in (
@@ -241,7 +248,7 @@ def test_bad_input_ends_in_one_line(script, arguments, expected, world, monkeypa
         runpy.run_path(str(ROOT / script), run_name="__main__")
     shown = capfd.readouterr().err
     assert ended.value.code == 2, shown
-    assert re.fullmatch(rf"{re.escape(script)}: error: .*{re.escape(expected)}.*\n", shown), shown
+    assert re.fullmatch(rf"{re.escape(Path(script).name)}: error: .*{re.escape(expected)}.*\n", shown), shown
     assert content(world) == before  # nothing was written
 
 
@@ -266,8 +273,8 @@ def test_nothing_of_a_data_file_is_evaluated(world, monkeypatch):
     (world / "code.jsonl").unlink()
 
 
-@pytest.mark.parametrize("command", ["train.py --group-size 1", "rollout.py probe --temperatures 0:1:0.5",
-                                     "data.py histogram no.jsonl", "reward.py no.jsonl"])
+@pytest.mark.parametrize("command", ["train.py --group-size 1", "tools/evaluate.py probe --temperatures 0:1:0.5",
+                                     "tools/difficulty.py histogram no.jsonl", "reward.py no.jsonl"])
 def test_bad_input_in_a_process_of_its_own(command, tmp_path):
     ended = subprocess.run([sys.executable, *f"{ROOT}/{command}".split()], capture_output=True, text=True, check=False,
                            cwd=tmp_path)

@@ -32,9 +32,9 @@ def exported(run_train, tmp_path_factory):
     examples = '{"problem": "1 + 1", "response": "\\\\boxed{2}"}\n'
     (folder / "examples.jsonl").write_text(examples)
     result = run_train(
-        "export-verl", "--preset", "polaris-4b", "--data", "sums.jsonl", "--eval-problems", 8, "--prompts-per-step", 16,
+        "--preset", "polaris-4b", "--data", "sums.jsonl", "--eval-problems", 8, "--prompts-per-step", 16,
         "--prompt-examples", "examples.jsonl", "--prompt-suffix", "Box it.", "--out", "to/verl", "--gpus", 4,
-        "--stages", *STAGES.split(), cwd=folder,
+        "--stages", *STAGES.split(), script="tools/export_verl.py", cwd=folder,
     )
     assert result.returncode == 0, result.stderr
     assert "32 problems, 8 held out" in result.stdout + result.stderr
@@ -58,7 +58,7 @@ def verl_commands(folder: Path, tmp_path: Path, *more: str) -> list[list[str]]:
 def verl_settings():
     """verl's own table of its settings, from the installed package."""
     found = importlib.util.find_spec("verl")
-    if found is None:
+    if found is None or found.origin is None:  # tools/verl looks like a package of this name
         pytest.skip("verl is not installed")
     (package,) = found.submodule_search_locations
     return yaml.safe_load((Path(package) / "trainer/config/_generated_ppo_trainer.yaml").read_text())

@@ -16,6 +16,7 @@ from conftest import perturb
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import data
+import plan
 import train
 from polaris_mini import Config, Group, Problem, Rollout
 from rollout import HFEngine, Sampling, VLLMEngine
@@ -156,7 +157,7 @@ def test_planned_memory_is_within_a_tenth_of_what_an_update_takes(tmp_path):
              "intermediate_size": 9728}
     config = Config(model=str(saved_model(tmp_path, sizes)), lora_rank=32, gradient_checkpointing=True,
                     mlp_chunk_tokens=4096, max_prompt_tokens=64, max_response_tokens=8129, tokens_per_micro_batch=8192)
-    planned = train.plan_memory(config, 80 * train.GIB).peak("log-probs", "backward") - train.CUDA_CONTEXT
+    planned = plan.plan_memory(config, 80 * plan.GIB).peak("log-probs", "backward") - plan.CUDA_CONTEXT
     policy = train.load_policy(config, config.model, None, DEVICE)
     optimizer, scaler = train.make_optimizer(policy, config), train.loss_scaler(config, DEVICE)
     rollouts = [Rollout("p", p, [7] * 8129, [-11.9] * 8129, "", "length", advantage=1.0) for p in prompts(2)]
@@ -164,7 +165,7 @@ def test_planned_memory_is_within_a_tenth_of_what_an_update_takes(tmp_path):
         torch.cuda.reset_peak_memory_stats()
         train.update_policy(policy, optimizer, scaler, [Group(Problem("p", "", ("1",)), rollouts)], 1.0, config)
     measured = torch.cuda.max_memory_allocated()
-    print(f"\nplanned {planned / train.GIB:.2f}, measured {measured / train.GIB:.2f} GiB")
+    print(f"\nplanned {planned / plan.GIB:.2f}, measured {measured / plan.GIB:.2f} GiB")
     assert planned == pytest.approx(measured, rel=0.1)
 
 

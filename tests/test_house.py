@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "rollout": {"polaris_mini", "reward", "data"},
     "train": {"polaris_mini", "reward", "data", "rollout"},
 }
+TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 
 
 def imported(module: str) -> set[str]:
@@ -34,6 +35,7 @@ def imported(module: str) -> set[str]:
 def test_imports_go_one_way():
     for module, allowed in MAY_IMPORT.items():
         assert imported(module) & set(MAY_IMPORT) <= allowed, module
+        assert not imported(module) & set(TOOLS), module
 
 
 def lines_of_code(module: str) -> int:
@@ -50,7 +52,7 @@ def lines_of_code(module: str) -> int:
 
 def test_whole_trainer_does_not_grow_and_the_readme_counts_its_lines_right():
     counts = {module: lines_of_code(module) for module in MAY_IMPORT}
-    assert sum(counts.values()) < 4580  # 3,000 is where it is to come down to
+    assert sum(counts.values()) <= 3480  # 3,000 is where it is to come down to
     readme = (ROOT / "README.md").read_text()
     for module, count in counts.items():
         shown = re.search(rf"\| \[{module}\.py\].* \| (\d+) \|", readme)
@@ -63,12 +65,7 @@ def test_recipe_needs_nothing_heavy():
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "False"
 
 
-def test_tour_runs():
-    shown = subprocess.check_output([sys.executable, "polaris_mini.py"], cwd=ROOT, text=True)
-    assert "an old correct response" in shown
-
-
-@pytest.mark.parametrize("module", MAY_IMPORT)
+@pytest.mark.parametrize("module", [*MAY_IMPORT, *TOOLS])
 def test_docstring_examples(module):
     assert doctest.testmod(importlib.import_module(module)).failed == 0
 

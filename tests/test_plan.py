@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import train
+from plan import CUDA_CONTEXT, GIB, MemoryPlan, dry_run, main, plan_memory, show_plan
 from polaris_mini import Config, Group, Problem, Stage
 
 UPDATE = ("log-probs", "backward", "optimizer step")
@@ -74,7 +75,7 @@ def test_plan_is_within_a_tenth_of_what_an_update_takes(tmp_path, tied, settings
     settings = {"dtype": "float32", "logprob_chunk_tokens": 100, **settings}
     config = Config(model=saved_model(tmp_path, tie_word_embeddings=tied), max_prompt_tokens=8,
                     stages=(Stage(1, 1.0, 2493),), tokens_per_micro_batch=2500, **settings)
-    planned = train.plan_memory(config, 24 * train.GIB).peak(*UPDATE) - train.CUDA_CONTEXT
+    planned = plan_memory(config, 24 * GIB).peak(*UPDATE) - CUDA_CONTEXT
     measured = measured_peak(config, 2500)
     print(f"planned {planned / 2**20:.2f}, measured {measured / 2**20:.2f} MiB, {planned / measured:.3f}")
     assert planned == pytest.approx(measured, rel=0.1)
@@ -84,15 +85,15 @@ def test_dry_run_does_not_depend_on_the_number_of_layers_or_chunks_it_runs(tmp_p
     """Layers and chunks are alike, so two of each stand for all."""
     config = Config(model=saved_model(tmp_path), dtype="bfloat16", gradient_checkpointing=True, mlp_chunk_tokens=64,
                     logprob_chunk_tokens=50)
-    one, two, four = (train.dry_run(config, layers, 700) for layers in (1, 2, 4))
+    one, two, four = (dry_run(config, layers, 700) for layers in (1, 2, 4))
     assert all(d == pytest.approx(a + 3 * (b - a)) for a, b, d in zip(one, two, four, strict=True))
     long = replace(config, mlp_chunk_tokens=0, logprob_chunk_tokens=349)  # two chunks are all there are
     short = replace(long, logprob_chunk_tokens=50)
-    assert train.dry_run(long, 2, 699)[2] == pytest.approx(train.dry_run(short, 2, 699)[2], rel=0.02)
+    assert dry_run(long, 2, 699)[2] == pytest.approx(dry_run(short, 2, 699)[2], rel=0.02)
 
 
-def planned(arguments: str, card: float = 24, gpus: int = 1) -> train.MemoryPlan:
-    return train.plan_memory(train.read_config(arguments.split()), card * train.GIB, gpus)
+def planned(arguments: str, card: float = 24, gpus: int = 1) -> MemoryPlan:
+    return plan_memory(train.read_config(arguments.split()), card * GIB, gpus)
 
 
 def test_plan_knows_what_each_option_changes():
@@ -126,7 +127,7 @@ def test_plan_knows_what_each_option_changes():
 
 
 def shown(capsys: pytest.CaptureFixture[str], arguments: str) -> str:
-    train.main(["plan", *arguments.split()])
+    main(arguments.split())
     return capsys.readouterr().out
 
 
@@ -175,8 +176,8 @@ def test_plan_shortens_responses_and_rows_where_nothing_else_helps(capsys, tmp_p
 
 
 def test_measured_peaks_stand_beside_the_planned_ones(capsys):
-    plan = train.MemoryPlan({"rollout": {"policy": 2 * train.GIB}, "backward": {"policy": 1 * train.GIB}}, 3.0)
-    train.show_plan(plan, 4 * train.GIB, train.Display(), {"backward": 1.25 * train.GIB})
+    plan = MemoryPlan({"rollout": {"policy": 2 * GIB}, "backward": {"policy": 1 * GIB}}, 3.0)
+    show_plan(plan, 4 * GIB, train.Display(), {"backward": 1.25 * GIB})
     rollout, backward = capsys.readouterr().out.splitlines()
     assert rollout.startswith("rollout        " + 24 * "P" + 24 * "." + "|   2.0  P policy 2.0")
     assert "1.0 (1.2 measured)" in backward
@@ -210,9 +211,9 @@ def memory_table() -> str:
             "|---|---|---|---|---|---|---|"]  # fmt: skip
     for model, what, arguments in TABLE:
         plan = planned(arguments)
-        parts = [plan.phases["backward"].get(name, 0.0) / train.GIB for name in ("policy", "gradients", "optimizer")]
-        peak, held = plan.peak(*UPDATE) / train.GIB, f"{plan.responses:.1f}"
-        engine = held if plan.peak("rollout", "weight sync") <= 24 * train.GIB else "does not fit"
+        parts = [plan.phases["backward"].get(name, 0.0) / GIB for name in ("policy", "gradients", "optimizer")]
+        peak, held = plan.peak(*UPDATE) / GIB, f"{plan.responses:.1f}"
+        engine = held if plan.peak("rollout", "weight sync") <= 24 * GIB else "does not fit"
         rows.append(f"| {model} | {what} | {' | '.join(f'{part:.1f}' for part in parts)} | "
                     f"{peak:.1f}{', does not fit' * (peak > 24)} | {engine} |")
     return "\n".join(rows)

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from polaris_mini import (
-    PRESETS, Config, Group, Problem, Rollout, Stage, Zones, advantages, core_rewards, difficulty_histogram,
-    distinct_n, histogram_verdict, intermediate_results, low_overlap, mastered, mean_and_interval, mean_distinct_n,
-    pass_at_k, pick_temperature, plateaued, policy_loss, rescue, substitute, temperature_grid, temperature_zones,
-    truncated_ratio, yarn_config,
+    PRESETS, Config, Group, Problem, Rollout, Stage, Zones, advantages, core_rewards, distinct_n, intermediate_results,
+    low_overlap, mastered, mean_and_interval, mean_distinct_n, pass_at_k, pick_temperature, plateaued, policy_loss,
+    rescue, substitute, temperature_grid, temperature_zones, truncated_ratio, yarn_config,
 )
 
 
@@ -246,42 +245,6 @@ def test_mastered_is_strictly_above_and_spares_the_unvisited():
 )
 def test_plateaued_compares_the_last_two_windows(rewards, ended):
     assert plateaued(rewards, window=2) is ended
-
-
-# ------------------------------------------------------------------ difficulty
-
-
-def test_difficulty_histogram_counts_correct_rollouts():
-    assert difficulty_histogram([k / 8 for k in range(9) for _ in range(k)]) == list(range(9))
-    assert difficulty_histogram([]) == [0] * 9
-
-
-def test_difficulty_histogram_rounds_to_the_nearest_bin():
-    assert difficulty_histogram([0.06, 0.0625, 0.1874, 0.1875, 0.93, 0.94]) == [1, 2, 1, 0, 0, 0, 0, 1, 1]
-    assert difficulty_histogram([0.33, 1 / 3, 0.67, 2 / 3, 1.0], rollouts=3) == [0, 2, 2, 1]
-
-
-@pytest.mark.parametrize(
-    ("counts", "verdict"),
-    [
-        # Source: blog, read off its figures: problems with 0 to 8 of 8 correct
-        ([8881, 2590, 2080, 1846, 1859, 1909, 2536, 4520, 14191], "J"),  # R1-Distill-7B on DeepScaleR
-        ([13828, 3751, 2972, 2845, 2789, 2469, 2564, 2816, 6107], "mirrored J"),  # R1-Distill-1.5B on the same
-        ([7339, 2484, 2200, 2341, 2453, 2994, 3447, 5040, 0], "mirrored J"),  # Qwen3-4B before, without 8 of 8
-        ([5170, 2170, 1870, 1827, 1883, 2179, 2531, 3617, 8124], "J"),  # and after training
-        ([13163, 5968, 4708, 4354, 4234, 4895, 5256, 6810, 0], "mirrored J"),  # R1-Distill-7B before, without 8 of 8
-        ([8202, 4178, 3470, 3222, 3268, 3472, 3978, 5211, 12010], "J"),  # and after training
-        # ours
-        ([100, 10, 10, 10, 10, 10, 10, 10, 90], "U"),
-        ([90, 10, 10, 10, 10, 10, 10, 10, 100], "U"),
-        ([100, 10, 10, 10, 10, 10, 10, 90, 0], "U"),  # where all-correct ones were removed, 7 of 8 is the end
-        ([20, 10, 10, 10, 10, 10, 10, 90, 0], "J"),
-        ([10, 11, 9, 10, 12, 8, 10, 9, 11], "flat"),
-        ([1, 20, 20, 20, 20, 20, 20, 20, 1], "flat"),
-    ],
-)
-def test_histogram_verdict_names_the_published_shapes(counts, verdict):
-    assert histogram_verdict(counts) == verdict
 
 
 # ----------------------------------------------------------------- temperature

@@ -14,17 +14,18 @@ from fast_start import ROOT
 from soak import make_world
 
 import data
+from difficulty import write_problems
 
 README = (ROOT / "README.md").read_text()
 SHORT = "--model model --data sums.jsonl --eval-problems 4 --steps 1 --group-size 2 --prompts-per-step 4"
 # The first that a command begins with: what is added to it, or where else it is run.
 HERE = {
     "train.py --help": "",
-    "train.py plan": "",
-    "train.py report": "",
+    "tools/plan.py": "",
+    "tools/report.py": "",
     "train.py --resume": "--steps 3 --eval-problems 4",
-    "train.py export-verl": "--eval-problems 4 --prompts-per-step 8",
-    "train.py ablate": "tests/test_ablation.py",
+    "tools/export_verl.py": "--eval-problems 4 --prompts-per-step 8",
+    "tools/ablate.py": "tests/test_ablation.py",
     "train.py --reward close": "tests/test_changes.py",
     "train.py --temperature auto": "tests/test_changes.py",
     "train.py --advantage rloo": "tests/test_changes.py",
@@ -32,11 +33,10 @@ HERE = {
     "train.py --model": "--eval-problems 4 --steps 1 --group-size 2 --prompts-per-step 4",
     "train.py": "--warmup-steps 5 --eval-problems 4 --steps 2 --prompts-per-step 4 --run-dir runs/NAME",
     "torchrun": f"{SHORT} --optimizer adamw --device cpu",
-    "data.py measure": "--max-response-tokens 128",
-    "data.py": "",
-    "rollout.py probe": "--problems 8 --temperatures 0.8,1.0 --rollouts 4 --reward coin:score",
-    "rollout.py eval": "--rollouts 2 --max-response-tokens 64",
-    "polaris_mini.py": "",
+    "tools/evaluate.py measure": "--max-response-tokens 128",
+    "tools/difficulty.py": "",
+    "tools/evaluate.py probe": "--problems 8 --temperatures 0.8,1.0 --rollouts 4 --reward coin:score",
+    "tools/evaluate.py eval": "--rollouts 2 --max-response-tokens 64",
     "reward.py FILE.jsonl --reward": "tests/test_reward.py",
     "reward.py": "",
 }
@@ -65,7 +65,7 @@ def test_every_command_of_the_readme_runs(run_train, environment, tmp_path):
     make_world(tmp_path)
     even_sums(tmp_path / "sums.jsonl", 40)
     for name in ("aime24", "aime25"):
-        data.write_problems(data.toy_problems(4, name), tmp_path / f"{name}.parquet")
+        write_problems(data.toy_problems(4, name), tmp_path / f"{name}.parquet")
     (tmp_path / "FILE.jsonl").write_text(json.dumps({"response": r"</think> \boxed{1}", "answer": "1"}) + "\n")
     missing, ran = [], []
     for command in commands():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import train
+import report
 from data import DataError
 from polaris_mini import Config
 
@@ -45,7 +45,7 @@ def made_up_run(folder: Path, steps: int = STEPS) -> Path:
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    return train.write_report([made_up_run(folder / "one"), made_up_run(folder / "two", steps=10)])
+    return report.write_report([made_up_run(folder / "one"), made_up_run(folder / "two", steps=10)])
 
 
 @pytest.fixture(scope="module")
@@ -158,11 +158,11 @@ def test_phone_and_dark_mode(open_page, scheme):
 
 def test_page_of_a_long_run_has_every_nth_step(page_file, monkeypatch):
     folder = page_file.parent
-    assert len(train.report_of(folder)["rollouts"]) == STEPS * PROBLEMS * GROUP
-    monkeypatch.setattr(train, "PAGE_BYTES", (folder / "rollouts.jsonl").stat().st_size // 2 - 1)
-    assert {line["step"] for line in train.report_of(folder)["rollouts"]} == set(range(STEPS, 0, -3))
+    assert len(report.report_of(folder)["rollouts"]) == STEPS * PROBLEMS * GROUP
+    monkeypatch.setattr(report, "PAGE_BYTES", (folder / "rollouts.jsonl").stat().st_size // 2 - 1)
+    assert {line["step"] for line in report.report_of(folder)["rollouts"]} == set(range(STEPS, 0, -3))
 
 
 def test_report_of_no_run_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"no metrics\.jsonl with a step in it"):
-        train.write_report([tmp_path])
+        report.write_report([tmp_path])

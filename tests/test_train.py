@@ -1,8 +1,11 @@
 """The whole loop on a miniature of the toy world: files, resume, interrupts, bad input, LoRA, warm start."""
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+import os
+import re
 import shutil
 import signal
 import time
@@ -15,6 +18,7 @@ from fast_start import ROOT, Script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
+import report
 import train
 from polaris_mini import PRESETS, Config, Problem
 from rollout import load_model
@@ -95,7 +99,6 @@ def test_run_folder_holds_what_the_readme_says(finished):
             assert len(r["pieces"]) == r["tokens"]
     assert len(lines(finished / "scores.jsonl")) == STEPS * 8
     assert json.loads((finished / "config.json").read_text())["stages"][0]["steps"] == STEPS
-    assert (finished / "report.html").read_text().startswith("<!doctype html>")
     scores = {e["step"]: e["avg_at_k"] for e in lines(finished / "evaluations.jsonl") if e["step"] > 0}
     best = max(scores, key=lambda step: (scores[step], step))
     kept = sorted({8, 9, best})
@@ -117,10 +120,23 @@ def test_checkpoint_is_a_hugging_face_model(finished):
 
 
 def test_report_command_writes_a_page_of_several_runs(finished, run_train, tmp_path):
-    result = run_train("report", finished, finished, "--out", tmp_path / "both.html")
+    run_report = functools.partial(run_train, script="tools/report.py")
+    result = run_report(finished, finished, "--out", tmp_path / "both.html")
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "both.html").is_file()
-    assert run_train("report", finished).stdout == f"{finished / 'report.html'}\n"
+    assert (tmp_path / "both.html").read_text().startswith("<!doctype html>")
+    assert run_report(finished).stdout == f"{finished / 'report.html'}\n"
+    for name, step in (("old", 1), ("new", 2)):
+        shutil.copytree(finished, tmp_path / "runs" / name, ignore=shutil.ignore_patterns("checkpoints"))
+        os.utime(tmp_path / "runs" / name / "metrics.jsonl", (step, step))
+    assert run_report(cwd=tmp_path).stdout == "runs/new/report.html\n"
+
+
+def test_plan_of_a_run_stands_beside_what_it_measured(finished, run_train):
+    result = run_train("--run", finished, "--gpu-memory", 1.5, script="tools/plan.py")
+    assert result.returncode == 0, result.stderr
+    for phase, metric in (("rollout", "memory/rollout_gib"), ("backward", "memory/update_gib")):
+        most = max(step[metric] for step in lines(finished / "metrics.jsonl"))
+        assert re.search(rf"^{phase} .* \({most:.1f} measured\)", result.stdout, re.MULTILINE)
 
 
 # ------------------------------------------------------------------------- resume
@@ -325,7 +341,7 @@ def test_base_model_with_warm_start_examples_lora_and_8_bit_adam(base_model, sum
         assert torch.allclose(merged(tokens).logits, AutoModelForCausalLM.from_pretrained(adapter)(tokens).logits,
                               atol=1e-5)
     result = run_train("eval", "--model", adapter, "--data", sums, "--problems", 4, "--rollouts", 2,
-                       "--max-response-tokens", 20, "--out", tmp_path / "eval", script="rollout.py")
+                       "--max-response-tokens", 20, "--out", tmp_path / "eval", script="tools/evaluate.py")
     assert result.returncode == 0, result.stderr
 
 
@@ -394,7 +410,7 @@ def test_offline_pass_rates_are_the_first_scores(base_model, run_train, tmp_path
     assert result.returncode == 0, result.stderr
     scores = lines(tmp_path / "run" / "scores.jsonl")
     assert [s["step"] for s in scores] == [0] * 22 + [1] * 8
-    assert sum(train.known_difficulty(tmp_path / "run", 0)) == sum(train.known_difficulty(tmp_path / "run", 1)) == 22
+    assert sum(report.known_difficulty(tmp_path / "run", 0)) == sum(report.known_difficulty(tmp_path / "run", 1)) == 22
 
 
 def test_without_evaluation_nothing_is_held_out():

@@ -1,6 +1,6 @@
 """What verl calls of ours: informative substitution as an advantage estimator, and the grader as a reward.
 
-`python train.py export-verl` copies this file into its folder, beside polaris_mini.py and reward.py, and names both
+`python tools/export_verl.py` copies this file into its folder, beside polaris_mini.py and reward.py, and names both
 functions in run.sh. Rollout Rescue is left out: verl keeps no responses of earlier steps.
 """
 from __future__ import annotations

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,9 @@ from matplotlib.figure import Figure
 from pyarrow import parquet
 
 import data
+import difficulty
 from data import DataError
+from difficulty import difficulty_histogram, histogram_verdict
 from polaris_mini import Config, Problem
 
 ROOT = Path(data.__file__).parent
@@ -24,13 +25,13 @@ BENCHMARKS = Path(__file__).parents[2] / "shared" / "assets" / "benchmarks"
 needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the shared assets are not here")
 
 
-def command(*arguments: object, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(folder / "data.py"), *map(str, arguments)], capture_output=True,
-                          text=True, check=False)  # fmt: skip
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(ROOT / "tools" / "difficulty.py"), *map(str, arguments)],
+                          capture_output=True, text=True, check=False)  # fmt: skip
 
 
 def run(*arguments: object) -> None:
-    data.main([*map(str, arguments)])
+    difficulty.main([*map(str, arguments)])
 
 
 def scores(path: Path, correct: list[int], **more: Any) -> Path:
@@ -44,6 +45,42 @@ def scores(path: Path, correct: list[int], **more: Any) -> Path:
 
 def without_suffix(problems: list[Problem]) -> list[tuple[object, ...]]:
     return [(p.id, p.text.removesuffix(f" {Config.prompt_suffix}"), p.answers, p.pass_rate, p.system) for p in problems]
+
+
+# -------------------------------------------------------------------- what is computed
+
+
+def test_difficulty_histogram_counts_correct_rollouts():
+    assert difficulty_histogram([k / 8 for k in range(9) for _ in range(k)]) == list(range(9))
+    assert difficulty_histogram([]) == [0] * 9
+
+
+def test_difficulty_histogram_rounds_to_the_nearest_bin():
+    assert difficulty_histogram([0.06, 0.0625, 0.1874, 0.1875, 0.93, 0.94]) == [1, 2, 1, 0, 0, 0, 0, 1, 1]
+    assert difficulty_histogram([0.33, 1 / 3, 0.67, 2 / 3, 1.0], rollouts=3) == [0, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("counts", "verdict"),
+    [
+        # Source: blog, read off its figures: problems with 0 to 8 of 8 correct
+        ([8881, 2590, 2080, 1846, 1859, 1909, 2536, 4520, 14191], "J"),  # R1-Distill-7B on DeepScaleR
+        ([13828, 3751, 2972, 2845, 2789, 2469, 2564, 2816, 6107], "mirrored J"),  # R1-Distill-1.5B on the same
+        ([7339, 2484, 2200, 2341, 2453, 2994, 3447, 5040, 0], "mirrored J"),  # Qwen3-4B before, without 8 of 8
+        ([5170, 2170, 1870, 1827, 1883, 2179, 2531, 3617, 8124], "J"),  # and after training
+        ([13163, 5968, 4708, 4354, 4234, 4895, 5256, 6810, 0], "mirrored J"),  # R1-Distill-7B before, without 8 of 8
+        ([8202, 4178, 3470, 3222, 3268, 3472, 3978, 5211, 12010], "J"),  # and after training
+        # ours
+        ([100, 10, 10, 10, 10, 10, 10, 10, 90], "U"),
+        ([90, 10, 10, 10, 10, 10, 10, 10, 100], "U"),
+        ([100, 10, 10, 10, 10, 10, 10, 90, 0], "U"),  # where all-correct ones were removed, 7 of 8 is the end
+        ([20, 10, 10, 10, 10, 10, 10, 90, 0], "J"),
+        ([10, 11, 9, 10, 12, 8, 10, 9, 11], "flat"),
+        ([1, 20, 20, 20, 20, 20, 20, 20, 1], "flat"),
+    ],
+)
+def test_histogram_verdict_names_the_published_shapes(counts, verdict):
+    assert histogram_verdict(counts) == verdict
 
 
 # ---------------------------------------------------------------------------- filter
@@ -185,7 +222,7 @@ def test_histograms_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_bars_stand_beside_each_other() -> None:
     axis = Figure().subplots()
-    data.plot_histograms(axis, {"_before": [3, 0, 0, 0, 0, 0, 0, 0, 1], "after": [0] * 9})
+    difficulty.plot_histograms(axis, {"_before": [3, 0, 0, 0, 0, 0, 0, 0, 1], "after": [0] * 9})
     bars = [[(round(bar.get_x(), 3), round(bar.get_width(), 3), bar.get_height()) for bar in group]
             for group in axis.containers]  # fmt: skip
     assert bars[0][0] == (-0.4, 0.4, 0.75)
@@ -201,16 +238,8 @@ def test_bars_stand_beside_each_other() -> None:
 def test_help_names_every_command_and_option() -> None:
     shown = command("--help")
     assert shown.returncode == 0
-    assert all(name in shown.stdout for name in ("measure", "filter", "histogram", "python data.py filter --scores"))
+    names = ("measure", "filter", "histogram", "python tools/difficulty.py filter --scores")
+    assert all(name in shown.stdout for name in names)
     shown = command("filter", "--help")
     assert all(f"--{name} " in shown.stdout for name in ("scores", "out", "min-pass-rate", "max-pass-rate", "layout"))
     assert "Highest pass rate to keep." in shown.stdout
-
-
-def test_measure_is_handed_over(tmp_path: Path) -> None:
-    for name in ("data.py", "polaris_mini.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "rollout.py").write_text("import sys\nprint(sys.argv)\nsys.exit(7)\n")
-    ended = command("measure", "--data", "a b.jsonl", "--help", folder=tmp_path)
-    assert ended.returncode == 7
-    assert ended.stdout == f"{[str(tmp_path / 'rollout.py'), 'measure', '--data', 'a b.jsonl', '--help']}\n"

@@ -1,6 +1,6 @@
 """Follow one real training step of the toy world through the code, number by number: makes docs/walkthrough.md.
 
-    python tests/walkthrough.py > docs/walkthrough.md      # about a minute, more where the toy model is made first
+    python tools/walkthrough.py > docs/walkthrough.md      # about a minute, more where the toy model is made first
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import train
 from polaris_mini import PRESETS, Config, Group, rescue, set_advantages, substitute
@@ -41,7 +41,7 @@ def walk(config: Config, step: int = 21) -> None:
     batch_problems = sampler.peek(config.prompts_per_step)
 
     say("# One step, number by number")
-    say(f"Made by `python tests/walkthrough.py`: the toy model before training, batch {step + 1} of seed "
+    say(f"Made by `python tools/walkthrough.py`: the toy model before training, batch {step + 1} of seed "
         f"{config.seed}, {config.prompts_per_step} problems with {config.group_size} rollouts each. Function names are "
         "those of the code; everything below was computed by them.")
 

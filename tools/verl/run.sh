@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# POLARIS on verl 0.9.1, one run per stage; made by `python train.py export-verl`. In an environment of its own:
+# POLARIS on verl 0.9.1, one run per stage; made by `python tools/export_verl.py`. In an environment of its own:
 #   pip install "verl[vllm,flash-attn-cu130torch211]==0.9.1" "math-verify[antlr4_9_3]==0.9.0"
 #   ./run.sh [further overrides]
 # Started again, it goes on from verl's newest checkpoint. On several machines this folder is shared, Ray runs on all

@@ -20,10 +20,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import data
+import difficulty
+import evaluate
 import rollout
 from data import DataError
+from evaluate import PUBLISHED_ROLLOUTS, Eval, by_length, by_limit
 from polaris_mini import yarn_config
-from rollout import PUBLISHED_ROLLOUTS, Eval, Evaluation, Measured, Outcome, ProbeCurves, by_length, by_limit
+from rollout import Evaluation, Measured, Outcome, ProbeCurves
 
 ROOT = Path(rollout.__file__).parent
 BENCHMARKS = Path(__file__).parents[2] / "shared" / "assets" / "benchmarks"
@@ -65,8 +68,8 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def run(name: str, model: Path, *arguments: object) -> None:
-    rollout.main([name, "--model", str(model), "--max-response-tokens", "16", "--rollouts-per-batch", "8",
-                  *map(str, arguments)])  # fmt: skip
+    evaluate.main([name, "--model", str(model), "--max-response-tokens", "16", "--rollouts-per-batch", "8",
+                   *map(str, arguments)])  # fmt: skip
 
 
 def strict(path: Path) -> dict[str, Any]:
@@ -153,7 +156,7 @@ def test_measure_writes_pass_rates_that_load(model: Path, sums: Path, tmp_path: 
     assert rates[3] == 0  # the model never says 7
     assert any(0 < rate < 1 for rate in rates[:3])
     assert f"4 problems, mean pass rate {statistics.fmean(rates):.1%}" in capsys.readouterr().out
-    data.main(["filter", "--scores", str(out), "--out", str(tmp_path / "kept.jsonl"), "--min-pass-rate", "0.1"])
+    difficulty.main(["filter", "--scores", str(out), "--out", str(tmp_path / "kept.jsonl"), "--min-pass-rate", "0.1"])
     kept = data.load_problems(str(tmp_path / "kept.jsonl"))
     assert [problem.id for problem in kept] == [text for text in SUMS if problems[text].pass_rate]
 
@@ -348,8 +351,8 @@ def test_eval_of_the_benchmarks(tmp_path: Path):
         intermediate_size=16, eos_token_id=256, bos_token_id=None, pad_token_id=None,
     )).save_pretrained(tmp_path / "model")  # fmt: skip
     files = [BENCHMARKS / f"{name}.parquet" for name in PUBLISHED_ROLLOUTS]
-    rollout.main(["eval", "--model", str(tmp_path / "model"), "--data", *map(str, files), "--problems", "2",
-                  "--max-prompt-tokens", "8192", "--max-response-tokens", "2", "--out", str(tmp_path)])  # fmt: skip
+    evaluate.main(["eval", "--model", str(tmp_path / "model"), "--data", *map(str, files), "--problems", "2",
+                   "--max-prompt-tokens", "8192", "--max-response-tokens", "2", "--out", str(tmp_path)])  # fmt: skip
     found = strict(tmp_path / "results.json")["results"]
     assert {Path(source).stem: result["plain"]["k"] for source, result in found.items()} == PUBLISHED_ROLLOUTS
     tokenizer = rollout.load_tokenizer(str(tmp_path / "model"))
@@ -412,4 +415,4 @@ def test_yarn_stretches_the_low_frequencies_only(tmp_path: Path, factor: float, 
 def test_toy_without_a_toy_model_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(rollout.ModelError, match=r"run python train.py once, or give the folder of a model"):
-        rollout.main(["eval", "--out", str(tmp_path / "eval")])
+        evaluate.main(["eval", "--out", str(tmp_path / "eval")])
