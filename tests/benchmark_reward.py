@@ -1,11 +1,11 @@
 r"""Measure reward.py: how often it agrees with others' cases, how fast it is, what strange input does to it.
 
-    pip install pylatexenc==2.10                          # for the DeepScaleR rules, which agreement compares with
-    python tests/benchmark_reward.py agreement FILE...    # rows: "gold", "prediction" with a box, "expected_equal"
-    python tests/benchmark_reward.py speed                # 1,024 responses of 15,000 tokens
+    pip install pylatexenc==2.10                               # for the DeepScaleR rules, which agreement compares with
+    python tests/benchmark_reward.py agreement --files FILE... # rows: "gold", "prediction" with a box, "expected_equal"
+    python tests/benchmark_reward.py speed                     # 1,024 responses of 15,000 tokens
     python tests/benchmark_reward.py fuzz --inputs 100000
 
-A hang is a comparison that took more than 10 seconds; each runs in a process that is killed then.
+A hang is a comparison that took more than 10 seconds. Each runs in a process, which is killed then.
 """
 import json
 import multiprocessing
@@ -108,6 +108,7 @@ class Other:
             self.pipe, theirs = context.Pipe()
             self.process = context.Process(target=serve, args=(self.name, theirs), daemon=True)
             self.process.start()
+            theirs.close()  # so that the next line fails where that process could not import what it needs
             self.pipe.recv()
         started = time.perf_counter()
         self.pipe.send((gold, prediction))
@@ -273,7 +274,7 @@ def fuzz(inputs: int = 100_000, workers: int = 2, seed: int = 0) -> None:
             add("".join(letters), chance.choice(real))
         flush()
     print(f"\n{sum(reasons.values()):,} inputs in {time.perf_counter() - started:.0f} s; the slowest 2,000 took "
-          f"{worst:.1f} s; every one graded, no worker lost but the {reasons['timeout']} that were killed")  # fmt: skip
+          f"{worst:.1f} s; every one graded, no worker lost but the {reasons['timeout']} that ended early")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What reward.py must do: the rules, hostile answers, killed workers, its command."""
+"""What reward.py and tools/grade.py must do: the rules, hostile answers, killed workers, the command."""
 
 import doctest
 import json
@@ -41,6 +41,12 @@ def pool() -> Iterator[RewardPool]:
         yield shared_pool
 
 
+@pytest.fixture(scope="module")
+def pool_without_think() -> Iterator[RewardPool]:
+    with RewardPool(workers=1, timeout=10, require_think=False) as shared_pool:
+        yield shared_pool
+
+
 def is_gone(pid: int, seconds: float = 15.0) -> bool:
     """Wait for a process to end; one that nobody has reaped yet counts as ended."""
     give_up = time.monotonic() + seconds
@@ -59,9 +65,16 @@ def is_gone(pid: int, seconds: float = 15.0) -> bool:
 def worker_pids(some_pool: RewardPool, at_least: int = 1) -> list[int]:
     """Wait until a pool that is grading in another thread has started its workers."""
     give_up = time.monotonic() + 30
-    while len(some_pool._running) < at_least and time.monotonic() < give_up:
+    while len(some_pool._workers) < at_least and time.monotonic() < give_up:
         time.sleep(0.01)
-    return [worker.pid for worker in some_pool._running]
+    return [worker.pid for worker in list(some_pool._workers.values())]
+
+
+def appears(file: Path, seconds: float = 60.0) -> bool:
+    give_up = time.monotonic() + seconds
+    while not file.exists() and time.monotonic() < give_up:
+        time.sleep(0.01)
+    return file.exists()
 
 
 # The rules
@@ -118,7 +131,7 @@ def test_the_docstrings_tell_the_truth() -> None:
 def test_equal_text_and_numbers_need_no_worker(answer: str, gold: Any) -> None:
     with RewardPool() as fresh:
         assert fresh.grade([(boxed(answer), gold, False)]) == [Grade(1.0, "correct")]
-        assert fresh._running == []
+        assert fresh._workers == {}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +156,7 @@ def test_equal_text_and_numbers_need_no_worker(answer: str, gold: Any) -> None:
 def test_unequal_numbers_need_no_worker(answer: str, gold: Any) -> None:
     with RewardPool() as fresh:
         assert fresh.grade([(boxed(answer), gold, False)]) == [Grade(0.0, "wrong")]
-        assert fresh._running == []
+        assert fresh._workers == {}
 
 
 @pytest.mark.parametrize(
@@ -278,8 +291,10 @@ def test_only_a_closed_box_after_the_thought_counts(response: str, truncated: bo
         (r"\boxed{42}. The final answer is $ $", "42", True),
     ],
 )
-def test_boxes_of_one_answer_and_a_stated_answer(response: str, gold: str, right: bool) -> None:
-    assert grade(response, gold, require_think=False).reward == right
+def test_boxes_of_one_answer_and_a_stated_answer(
+    pool_without_think: RewardPool, response: str, gold: str, right: bool
+) -> None:
+    assert pool_without_think.grade([(response, gold, False)])[0].reward == right
 
 
 CONNECTORS = [", ", "; ", " and ", " or ", r" \text{ or } ", r" \lor ", r" \mid ", " | ", r" \to ", r"\\", "/", " ",
@@ -407,7 +422,7 @@ HOSTILE = [
 def test_hostile_answers_end_and_earn_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     started = time.monotonic()
-    with RewardPool(workers=2, timeout=1.0) as pool:
+    with RewardPool(workers=2, timeout=0.5) as pool:
         grades = pool.grade([(boxed(answer), gold, False) for answer, gold in HOSTILE])
         assert pool.grade([(boxed("x+1"), "1+x", False)]) == [Grade(1.0, "correct")]
     assert [g.reward for g in grades] == [0.0] * len(HOSTILE)
@@ -417,7 +432,8 @@ def test_hostile_answers_end_and_earn_nothing(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_hostile_gold_ends_too() -> None:
-    assert grade(boxed("x"), [TOWER, "x+1"], require_think=True) == Grade(0.0, "timeout")
+    with RewardPool(workers=1, timeout=0.5) as pool:
+        assert pool.grade([(boxed("x"), [TOWER, "x+1"], False)]) == [Grade(0.0, "timeout")]
 
 
 @pytest.mark.parametrize(
@@ -433,7 +449,7 @@ def test_two_megabytes_are_read_in_time(filler: str) -> None:
 
 
 def test_memory_is_capped() -> None:
-    with RewardPool(workers=1, timeout=8.0, memory_gb=0.4) as pool:
+    with RewardPool(workers=1, timeout=3.0, memory_gb=0.4) as pool:
         bomb = (boxed("x^{10^7}+1"), "(x+1)^{10^7}", False)
         assert [g.reward for g in pool.grade([bomb, (boxed("x+1"), "1+x", False)])] == [0.0, 1.0]
 
@@ -441,33 +457,47 @@ def test_memory_is_capped() -> None:
 # Processes
 
 
-def test_a_killed_worker_loses_only_its_own_grade() -> None:
-    items = [(boxed(f"x + {n}"), f"{n} + x", False) for n in range(30)]
-    items[10] = (boxed(TOWER), "x", False)
-    with RewardPool(workers=1, timeout=8.0) as pool:
-        killer = threading.Timer(4.0, lambda: os.kill(pool._running[0].pid, signal.SIGKILL))
-        killer.start()
-        grades = pool.grade(items)  # the worker has long reached the tower when it is killed, and then tries it again
-        killer.join()
-    assert [g.reason for g in grades] == ["correct"] * 10 + ["timeout"] + ["correct"] * 19
+def test_a_killed_worker_gives_its_task_to_a_new_one_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module(tmp_path, monkeypatch, "logged", """
+import os, signal, time
+def score(response, answer, problem):
+    with open("calls", "a") as file: file.write(response + " ")
+    if response == "hang":
+        open("hanging", "w").close()
+        time.sleep(60)
+    if response == "dies": os.kill(os.getpid(), signal.SIGKILL)
+    return 1
+""")
+    responses = ["a", "b", "hang", "c", "dies", "d"]
+    with RewardPool(workers=1, timeout=2.0, function="logged:score") as pool:
+        futures = [pool.submit((response, "", False)) for response in responses]
+        assert appears(tmp_path / "hanging")
+        os.kill(worker_pids(pool)[0], signal.SIGKILL)
+        assert [future.result().reason for future in futures] == ["correct"] * 2 + ["timeout", "correct"] * 2
+    assert (tmp_path / "calls").read_text().split() == ["a", "b", "hang", "hang", "c", "dies", "dies", "d"]
 
 
-def test_workers_killed_at_random_lose_and_repeat_nothing() -> None:
+def test_workers_killed_at_random_lose_nothing() -> None:
     chance = random.Random(0)
     stop = threading.Event()
     items = [(boxed(f"x + {n}"), f"{n + n % 2} + x", False) for n in range(300)]
     with RewardPool(workers=2, timeout=30.0) as pool:
+        started = time.monotonic()
+        pool.grade(items[:2])
+        start_seconds = time.monotonic() - started
 
         def kill_now_and_then() -> None:
-            while not stop.wait(chance.uniform(0.5, 1.5)):  # also while one is starting
-                for worker in list(pool._running)[-1:]:
+            while not stop.wait(chance.uniform(0.2, 3.0) * start_seconds):  # also while one is starting
+                for worker in list(pool._workers.values())[-1:]:
                     os.kill(worker.pid, signal.SIGKILL)
 
         killer = threading.Thread(target=kill_now_and_then)
         killer.start()
-        grades = pool.grade(items)
-        stop.set()
-        killer.join()
+        try:
+            grades = pool.grade(items)
+        finally:
+            stop.set()
+            killer.join()
         assert pool.grade(items[:4]) == grades[:4]
     # One that was killed twice is given up.
     wrong = [n for n, g in enumerate(grades) if g.reward != (n % 2 == 0)]
@@ -495,35 +525,81 @@ def score(response, answer, problem):
     assert is_gone(int((tmp_path / "child").read_text()))
 
 
+def test_what_a_reward_leaves_running_ends_at_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its worker was killed meanwhile."""
+    module(tmp_path, monkeypatch, "leaves", """
+import os, subprocess
+def score(response, answer, problem):
+    open(response, "w").write(str(subprocess.Popen(["sleep", "600"]).pid))
+    if os.fork() == 0: return 0.5  # and so runs on in this worker's code, which must not reply twice
+    return 1
+""")
+    for killed in (False, True):
+        with RewardPool(workers=1, function="leaves:score") as pool:
+            assert pool.grade([("one", "", False), ("two", "", False)]) == [Grade(1.0, "correct")] * 2
+            if killed:
+                os.kill(worker_pids(pool)[0], signal.SIGKILL)
+        assert [is_gone(int((tmp_path / name).read_text())) for name in ("one", "two")] == [True, True]
+
+
+@pytest.mark.parametrize("hang", ["9**9**9", "time.sleep(60)"])
+def test_a_reward_that_unsets_the_alarm_ends_too(hang: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As math-verify does, whose own time-outs are alarms."""
+    module(tmp_path, monkeypatch, "unsets", f"""
+import signal, time
+def score(response, answer, problem):
+    signal.alarm(0)
+    {hang}
+""")
+    with RewardPool(workers=1, timeout=0.5, function="unsets:score") as pool:
+        assert pool.grade([("", "", False)]) == [Grade(0, "timeout")]
+
+
 def test_a_worker_killed_while_idle_costs_nothing() -> None:
     item = (boxed("x+1"), "1+x", False)
     with RewardPool(workers=1) as pool:
         assert pool.grade([item]) == [Grade(1.0, "correct")]
-        os.kill(pool._running[0].pid, signal.SIGKILL)
-        pool._running[0].wait()
+        for worker in list(pool._workers.values()):
+            worker.kill()
+            worker.wait()
         assert pool.grade([item, item]) == [Grade(1.0, "correct")] * 2
+
+
+def test_a_worker_killed_while_it_starts_is_started_again() -> None:
+    with RewardPool(workers=1) as pool:
+        future = pool.submit((boxed("x+1"), "1+x", False))
+        os.kill(worker_pids(pool)[0], signal.SIGKILL)
+        assert future.result() == Grade(1.0, "correct")
 
 
 def test_a_worker_that_cannot_start_is_an_error() -> None:
     with RewardPool(workers=2, memory_gb=0.001) as pool, pytest.raises(RewardError, match="did not start"):
         pool.grade([(boxed("x+1"), "1+x", False)] * 5)
-    assert pool._running == []
+    assert pool._workers == {}
 
 
-def test_close_leaves_no_process() -> None:
+def test_a_start_that_hangs_is_an_error_that_shows_where(tmp_path: Path) -> None:
+    code = (REPOSITORY / "reward.py").read_text().replace("START_SECONDS = 60.0", "START_SECONDS = 1.0")
+    (tmp_path / "reward.py").write_text(code)
+    (tmp_path / "loops.py").write_text("while True: pass\n")
+    command = [sys.executable, "-c", "import reward; reward.RewardPool(function='loops:score')"]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert 'loops.py", line 1' in ended.stderr
+    assert "RewardError: a reward worker did not start: " in ended.stderr.splitlines()[-1]
+
+
+def test_close_leaves_no_process_and_cancels_the_rest() -> None:
     pool = RewardPool(workers=2, timeout=60.0)
-
-    def grade_towers() -> None:
-        with pytest.raises((CancelledError, RewardError)):  # the latter if a worker was still starting
-            pool.grade([(boxed(TOWER), "x", False)] * 4)
-
-    thread = threading.Thread(target=grade_towers)
-    thread.start()
+    futures = [pool.submit((boxed(TOWER), "x", False)) for _ in range(4)]
     pids = worker_pids(pool, at_least=2)
+    time.sleep(1)
+    started = time.monotonic()
     pool.close()
-    thread.join(15)
-    assert not thread.is_alive()
+    assert time.monotonic() - started < 10
     assert [is_gone(pid) for pid in pids] == [True, True]
+    for future in futures:
+        with pytest.raises(CancelledError):
+            future.result()
     pool.close()  # twice does no harm
 
 
@@ -531,12 +607,12 @@ def test_close_leaves_no_process() -> None:
 def test_no_worker_outlives_its_parent(last_signal: signal.Signals) -> None:
     script = (
         "import threading, time; from reward import RewardPool\n"
-        "pool = RewardPool(workers=2, timeout=3.0)\n"
+        "pool = RewardPool(workers=2, timeout=1.0)\n"
         "def report():\n"
-        "    while len(pool._running) < 2: time.sleep(0.01)\n"
-        "    time.sleep(1); print(*(worker.pid for worker in pool._running), flush=True)\n"
+        "    while len(pool._workers) < 2: time.sleep(0.01)\n"
+        "    time.sleep(1); print(*(worker.pid for worker in pool._workers.values()), flush=True)\n"
         "threading.Thread(target=report, daemon=True).start()\n"
-        f"pool.grade([(r'</think>\\boxed{{{TOWER}}}', 'x', False)] * 40)\n"
+        f"with pool: pool.grade([(r'</think>\\boxed{{{TOWER}}}', 'x', False)] * 40)\n"
     )
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=REPOSITORY, text=True, **pipes)
@@ -589,8 +665,8 @@ def module(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str) 
     monkeypatch.chdir(folder)
 
 
-def test_countdown_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = (REPOSITORY / "README.md").read_text().partition("```python\n# countdown.py")[2].partition("```")[0]
+def test_countdown_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (REPOSITORY / "docs" / "reward.md").read_text().partition("```python\n# countdown.py")[2].partition("```")[0]
     module(tmp_path, monkeypatch, "countdown", code)
     answer = "[[3, 5, 8], 19]"
     responses = {
@@ -625,11 +701,13 @@ def score(response, answer, problem):
     if response == "print": print("1.0")
     if response == "deep": score(response, answer, problem)
     if response == "fail": 1 / 0
-    assert hash(problem) and answer in problem.answers
+    assert answer in problem.answers
+    if problem.text: assert (problem.id, problem.prompt_tokens, problem.system) == ("7", [1, 2], None)
+    else: assert vars(problem) == {"id": "", "text": "", "answers": [answer], "system": None}
     return len(problem.text) + float(answer)
 """)
     problem = Problem("7", "abc", ("0.25", "0.5"), prompt_tokens=(1, 2))
-    with RewardPool(workers=2, timeout=2.0, function="mine:score") as pool:
+    with RewardPool(workers=2, timeout=1.0, function="mine:score") as pool:
         futures = [pool.submit((text, problem.answers, text == "cut"), problem)
                    for text in ("fine", "hang", "fill", "print", "cut", "fine")]
         grades = [future.result() for future in futures]
@@ -640,6 +718,7 @@ def score(response, answer, problem):
         with pytest.raises(RewardError, match="RecursionError"):
             pool.submit(("deep", "1", False)).result()
         assert pool.submit(("fine", "1", False)).result() == Grade(1.0, "correct")  # with an empty problem
+        assert pool.submit(("fine", 1, False), vars(replace(problem, answers=(1,)))).result() == Grade(4.0, "correct")
 
         def ask(answer: str, truncated: bool = False) -> Grade:
             return pool.submit(("fine", answer, truncated), replace(problem, answers=(answer,))).result()
@@ -656,6 +735,7 @@ def score(response, answer, problem):
 @pytest.mark.parametrize(
     ("name", "message"),
     [("nowhere:score", "No module named 'nowhere'"), ("mine:scores", "has no attribute 'scores'"),
+     ("mine:__name__", "TypeError: 'mine' is no function"),
      ("mine", "give module:function"), ("broken:score", "SyntaxError")],
 )  # fmt: skip
 def test_own_reward_that_cannot_be_loaded_is_named(
@@ -671,7 +751,7 @@ def test_own_reward_that_cannot_be_loaded_is_named(
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "reward.py"), *arguments]
+    command = [sys.executable, str(REPOSITORY / "tools" / "grade.py"), *arguments]
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
 
 
@@ -727,14 +807,22 @@ def test_the_command_grades_by_a_reward_of_ones_own(tmp_path: Path, monkeypatch:
     (tmp_path / "rows.jsonl").write_text('{"response": "ab", "answer": ["abcd", "abc"]}\n')
     result = run_command("rows.jsonl", "--reward", "mine:score")
     assert json.loads(result.stdout) == {"reward": 2 / 3, "reason": "wrong"}
-    result = run_command("rows.jsonl", "--reward", "mine:scores")
-    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    for wrong in ("mine:scores", "json:loads"):  # the latter cannot be called like this
+        result = run_command("rows.jsonl", "--reward", wrong)
+        assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+        assert wrong in result.stderr
+
+
+def test_the_command_says_what_it_is_for() -> None:
+    shown = " ".join(run_command("--help").stdout.split())
+    assert "Grade the responses in a JSON-lines file" in shown
+    assert "try the grader, or a reward function of your own" in shown
 
 
 def test_the_command_refuses_bad_settings(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     result = run_command(str(tmp_path / "empty.jsonl"), "--timeout", "0")
-    assert (result.returncode, result.stderr) == (2, "reward.py: error: timeout is 0.0: give a number above 0\n")
+    assert (result.returncode, result.stderr) == (2, "grade.py: error: timeout is 0.0: give a number above 0\n")
     result = run_command(str(tmp_path / "empty.jsonl"))
     assert (result.returncode, result.stdout) == (0, "")
 
