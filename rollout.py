@@ -1,124 +1,89 @@
-"""Rollouts: the engine that generates responses, and what is done with it: groups, evaluation, temperature probes.
+"""Rollouts: models, the engines that generate responses, graded groups, and what is measured of these.
 
-An engine has the same few methods whatever it runs on: `wake` takes the policy's weights, `generate` turns prompts into
-responses with the log-prob of every sampled token at the sampling temperature, `sleep` leaves the memory to the update.
-`HFEngine` is the policy itself, decoded with a key-value cache by plain PyTorch: it runs on any device and needs no
-second copy of the weights. `VLLMEngine` is vLLM in this process: paged attention, continuous batching, CUDA graphs.
+Both engines have the same methods. `wake` takes the policy's weights. `generate` turns prompts into responses with the
+log-prob of every sampled token at the sampling temperature. `sleep` leaves the memory to the update.
 
-Left out: servers and engines on other machines (weights go over within one process), and responses that outlive a
-step (the policy that learns from a response is the one that wrote it).
+Left out: servers, and engines on other machines; weights go over within one process. Left out too: a response that is
+begun in one step and ended in the next.
+
+Dimensions in comments: B sequences decoded side by side, L longest prompt, T one response, V vocabulary, H hidden.
 """
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
-import re
+import random
 import statistics
-import sys
-import threading
-import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch.distributed.tensor import DTensor
-from transformers import (
-    AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache, GenerationConfig,
-    PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase,
-)
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache,
+                          PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase)
 
-import data
-from polaris_mini import Common, Group, Problem, Rollout, mean_and_interval, mean_distinct_n, pass_at_k
-from reward import Grade, RewardPool, check_answer
+from data import append_lines, read_lines
+from polaris_mini import (Common, Config, Group, Problem, Rollout, UserError,
+                          mean_and_interval, mean_distinct_n, pass_at_k)
+from reward import Grade, RewardPool
 
-# -------------------------------------------------------------- models from disk or hub
+# ------------------------------------------------------- models, devices, ranks
 
-
-class ModelError(ValueError):
-    """A model or tokenizer that cannot be used; the message names the cause and the fix."""
-
-
-class EngineError(ModelError):
-    """An engine that failed while it generated. The policy is as it was before the step."""
-
-
-class OutOfMemory(EngineError):
-    """An engine for which there was no memory. It has lowered its `rollouts_per_batch`: it can be asked again."""
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Tell whether it is PyTorch's on a GPU, CUDA's, a library's of it, or PyTorch's on a CPU."""
-    return re.search("out of memory|ALLOC_FAILED|can't allocate memory", str(error), re.IGNORECASE) is not None
-
-
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder or the hub.
-
-    Raises: ModelError if there is none, or if it has no end-of-sequence token.
-    """
-    _check_folder(name, ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"), "tokenizer")
+def load_tokenizer(name: str, settings: Common) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or the hub. Raises: UserError if there is none, or if it has no eos_token."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model is {name}: its tokenizer does not load: {_first_line(error)}") from error
+        raise UserError(f"model is {name}: its tokenizer does not load ({one_line(error)})") from error
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"model is {name}: its tokenizer has no eos_token, so no response could end; set one")
+        raise UserError(f"model is {name}: its tokenizer has no eos_token, so no response could end; set one")
     return tokenizer
 
 
-def load_model(
-    name: str, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False,
-    allow_pickled_weights: bool = False, rope: Mapping[str, Any] | None = None, four_bits: bool = False,
-) -> PreTrainedModel:
-    """Load a causal language model from a folder or the hub, with other rope settings (see `yarn_config`) if given.
+def load_model(name: str, settings: Common, dtype: torch.dtype, *, rope: Mapping[str, Any] | None = None,
+               four_bits: bool = False) -> PreTrainedModel:
+    """Load a causal language model, or a LoRA adapter merged into its base, from a folder or the hub.
 
-    four_bits: keep the linear layers in NF4, except the head.
-
-    Raises: ModelError if the folder has no weights or the model cannot be loaded.
+    rope: other positions, as of YaRN. four_bits: linear layers but the head in NF4 (QLoRA, arXiv 2305.14314).
+    Raises: UserError if it cannot be loaded, as when its weights are not in safetensors: pickled ones can run code.
     """
-    _check_weights(name, allow_pickled_weights)
-    base = base_model(name)
+    base, device = base_model(name), resolve_device(settings.device)
+    trust, placed = settings.trust_remote_code, {}
+    if four_bits:
+        placed = {"device_map": {"": device}, "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True)}
     try:
-        settings = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust)
         if rope is not None:
-            text = settings.get_text_config()
+            text = config.get_text_config()
             text.rope_parameters = {**text.rope_parameters, **rope}
             text.max_position_embeddings = round(rope["factor"] * rope["original_max_position_embeddings"])
-        model = AutoModelForCausalLM.from_pretrained(
-            base, config=settings, dtype=dtype, trust_remote_code=trust_remote_code,
-            use_safetensors=None if allow_pickled_weights else True,
-            attn_implementation="sdpa", **(quantized(dtype, device) if four_bits else {}),
-        )
+        model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype, trust_remote_code=trust,
+                                                     use_safetensors=True, attn_implementation="sdpa", **placed)
         if base != name:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, name).merge_and_unload()
+            from peft import PeftModel  # slow to import, and only LoRA needs it
+            model = PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise _not_loaded(name, error) from error
+        raise UserError(f"model is {name}: it does not load ({one_line(error)})") from error
     return model if four_bits else model.to(device)  # type: ignore[arg-type]
 
 
-def _not_loaded(name: str, error: Exception) -> ModelError:
-    if "trust_remote_code" in str(error):
-        return ModelError(f"model is {name}: it brings code of its own; read it, then give --trust-remote-code")
-    return ModelError(f"model is {name}: it does not load: {_first_line(error)}")
-
-
-def quantized(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Return what loads a model in NF4 with quantized scales. Source: QLoRA (arXiv 2305.14314)."""
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                  bnb_4bit_compute_dtype=dtype)
-    return {"quantization_config": settings, "device_map": {"": device}}
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def base_model(name: str) -> str:
@@ -127,91 +92,109 @@ def base_model(name: str) -> str:
     return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else name
 
 
-def _check_weights(name: str, allow_pickled: bool) -> None:
-    folder = Path(name).expanduser()
-    safe, pickled = (any((folder / file).is_file() for file in files) for files in (WEIGHTS, PICKLED))
-    if pickled and not (safe or allow_pickled):
-        raise ModelError(f"model is {name}: its weights are pickled, which can run code as they are loaded: give "
-                         "--allow-pickled-weights if you trust who made them")
-    _check_folder(name, (*WEIGHTS, *PICKLED), "weights")
-
-
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
-
-
-def _check_folder(name: str, any_of: Sequence[str], what: str) -> None:
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not any((folder / file).is_file() for file in any_of):
-            raise ModelError(f"model is {name}: the folder has no {what} (none of {', '.join(any_of)})")
-    elif folder.is_file() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ModelError(f"model is {name}: no such folder; give a folder or a hub name like Qwen/Qwen3-1.7B")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def causal_lm(policy: torch.nn.Module) -> PreTrainedModel:
+def causal_lm(policy: nn.Module) -> PreTrainedModel:
     """Return the Hugging Face model inside a policy, LoRA layers in place."""
-    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy  # type: ignore[return-value, operator]
+    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy  # type: ignore
+
+
+def rank() -> int:
+    """Return the number of this process among those that torchrun has started, one per GPU; without torchrun 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def rank_count() -> int:
-    """Return how many processes train together, one per GPU."""
+    """Return how many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def torchrun_count() -> int:
-    """Return how many processes torchrun has started, whether or not they have joined; without it 1."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def refuse_torchrun(command: str) -> None:
-    if torchrun_count() > 1:
-        raise ModelError(f"torchrun started {torchrun_count()} processes: {command} runs on one GPU; start it with "
-                         "python")
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a sharded tensor in one piece, for which all ranks have to ask; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def is_sharded(policy: torch.nn.Module) -> bool:
-    """Tell whether each rank holds a part of the weights only."""
-    return any(isinstance(parameter, DTensor) for parameter in policy.parameters())
+def gather(value: Any) -> list[Any]:
+    """Return the values that all ranks give, in the order of the ranks."""
+    values = [value] * rank_count()
+    if rank_count() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def resolve_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError as error:
-        raise ModelError(f"device is {name}: give auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ModelError(f"device is {name}: only cpu and cuda are supported")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device is {name}: PyTorch sees no CUDA device here; use --device cpu")
+        raise UserError(f"device is {name}: give auto, cpu, cuda or cuda:N") from error
+    if device.type != "cpu" and not (device.type == "cuda" and torch.cuda.is_available()):
+        raise UserError(f"device is {name}: PyTorch sees no such device, or it is not supported; give --device cpu")
     return device
 
 
 def resolve_dtype(settings: Common, device: torch.device) -> torch.dtype:
+    """Return the type in which the model computes."""
     if settings.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, settings.dtype)
 
 
 def autocast(device: torch.device, dtype: torch.dtype, cache: bool = True) -> contextlib.AbstractContextManager:
-    """Compute in `dtype` whatever the weights are stored in; nothing at all for float32 and float64."""
+    """Compute in `dtype` whatever the weights are stored in; do nothing for float32."""
     if dtype in (torch.bfloat16, torch.float16):
         return torch.autocast(device.type, dtype, cache_enabled=cache)
     return contextlib.nullcontext()
 
 
+def load_policy(config: Config, checkpoint: Path | None = None) -> nn.Module:
+    """Load the model to train: all of it with float32 weights, or its frozen base with LoRA adapters on top."""
+    lora = config.lora_rank > 0
+    if lora and base_model(config.model) != config.model:  # a second adapter on top of the first would lose it
+        raise UserError(f"model is {config.model}: it is a LoRA adapter, so --resume RUN or merge it into its base")
+    dtype = resolve_dtype(config, resolve_device(config.device)) if lora else torch.float32
+    name = config.model if lora or checkpoint is None else str(checkpoint)
+    return prepare_policy(load_model(name, config, dtype, four_bits=config.quantize_base), config, checkpoint)
+
+
+def prepare_policy(model: PreTrainedModel, config: Config, checkpoint: Path | None = None) -> nn.Module:
+    """Make a loaded model the policy: LoRA on every linear layer but the head, packed attention, no dropout."""
+    policy: Any = model
+    if config.lora_rank > 0:
+        from peft import LoraConfig, PeftModel, get_peft_model  # slow to import, and only LoRA needs it
+        torch.manual_seed(config.seed)  # the adapters' random start
+        settings = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear",
+                              lora_dropout=0.0, task_type="CAUSAL_LM")  # fmt: skip
+        policy = (get_peft_model(model, settings) if checkpoint is None
+                  else PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True))
+    model.set_attn_implementation("packed")
+    for module in policy.modules():
+        if isinstance(module, nn.Dropout):  # the trainer's log-probs must be the sampler's
+            module.p = 0.0
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # of 4-bit layers: a CPU path without a gradient
+            module.support_avx512bf16_for_cpu = False
+        if hasattr(module, "cast_input_dtype_enabled"):  # of LoRA: autocast is enough, and keeps no float32 copy
+            module.cast_input_dtype_enabled = False
+    if config.gradient_checkpointing:  # without dropout there are no random numbers to repeat
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    return policy
+
+
+def start_ranks(config: Config) -> None:
+    """Join the processes (ranks) that torchrun has started, one per GPU; without torchrun there are none to join.
+
+    Every rank runs the same loop. Each draws and grades its part of the problems, and all gather the groups. Each
+    forwards its part of the batch, and gradients are summed. Rank 0 writes and prints.
+    """
+    count, device = int(os.environ.get("WORLD_SIZE", "1")), resolve_device(config.device)
+    if count == 1:
+        return
+    if device.type == "cuda" and torch.cuda.device_count() < count:
+        raise UserError(f"torchrun started {count} processes, but PyTorch sees {torch.cuda.device_count()} GPUs")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # a rank that waits for a long response must not give up: torchrun ends all ranks when one has died
+    dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+
+
 # ------------------------------------------------------------------------- the engine
+
+ENGINE_SHARE = 0.1  # of a GPU's memory, for vLLM's activations, CUDA graphs and what else there is
+KV_BLOCK = 128  # tokens; vLLM rounds each sequence up to its block, which is no larger
+Prompts = Sequence[Sequence[int]]  # token ids
+Generated = Generator[tuple[int, list["Response"]], None, None]  # the number of each prompt, and its responses
 
 
 @dataclass(slots=True)
@@ -219,8 +202,7 @@ class Response:
     """One response as an engine returns it."""
 
     tokens: list[int]
-    sampler_logprobs: list[float]
-    """(T,) nats, of each token, at the sampling temperature."""
+    sampler_logprobs: list[float]  # (T,) nats, of each token, at the sampling temperature
     finish_reason: Literal["stop", "length"]
 
 
@@ -235,132 +217,89 @@ class Sampling:
     top_k: int = 0
 
 
-class Engine(Protocol):
-    """What training and evaluation ask of an engine."""
-
-    @property
-    def rollouts_per_batch(self) -> int:
-        """Responses side by side: the setting, or fewer since memory has run out."""
-
-    def wake(self, policy: torch.nn.Module) -> None:
-        """Get ready to generate with the policy's current weights."""
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling,
-        on_tokens: Callable[[int], None] | None = None,
-    ) -> Generator[tuple[int, list[Response]]]:
-        """Yield each prompt's number with its `count` responses, as they finish; report new tokens to `on_tokens`."""
-
-    def sleep(self) -> None:
-        """Leave the device's memory to the update."""
-
-    def close(self) -> None:
-        """End the engine for good."""
-
-
 class HFEngine:
-    """Generate with the policy itself: a batched decode loop with a key-value cache, on any device.
+    """Generate with the policy itself, on any device, without a second copy of the weights: a loop with a cache.
 
-    Why not `model.generate`: it hands out log-probs only as whole (V,) rows, which for a vocabulary of 150,000 fill
-    the memory, and goes on computing responses that have ended. Here ended responses leave the batch.
+    Why not `model.generate`: it returns log-probs only as whole (V,) rows, which for a vocabulary of 150,000 fill the
+    memory. It also goes on computing responses that have ended; here ended responses leave the decoding.
     """
 
-    def __init__(
-        self, policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Common
-    ) -> None:
-        self.policy = policy
-        self.rollouts_per_batch = settings.rollouts_per_batch
+    def __init__(self, policy: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Common) -> None:
+        self.policy, self.tokenizer, self.rollouts_per_batch = policy, tokenizer, settings.rollouts_per_batch
         model = causal_lm(policy)
-        self.device = model.device
-        self.dtype = resolve_dtype(settings, self.device)
-        self.stop_tokens = torch.tensor(stop_tokens(tokenizer, model.generation_config), device=self.device)
+        self.device, self.dtype = model.device, resolve_dtype(settings, model.device)
+        listed = model.generation_config.eos_token_id if model.generation_config is not None else None
+        self.stop_tokens = torch.tensor(stop_tokens(tokenizer, listed), device=self.device)
 
-    def wake(self, policy: torch.nn.Module) -> None:
-        """Read the policy's weights where they are; if they are sharded, copy them into the engine's own model."""
-        if is_sharded(policy):
-            own = self.policy.state_dict()
-            for name, weight in policy_weights(policy, self.dtype):
-                own[name].copy_(weight)
-        else:
-            self.policy = policy
+    def wake(self, policy: nn.Module) -> None:
+        self.policy = policy
 
     def sleep(self) -> None:
-        """Nothing to free: the cache lives as long as a batch."""
+        """Free nothing: the cache lives only while responses are decoded."""
 
-    def close(self) -> None:
-        """Nothing to end."""
+    close = sleep
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling,
-        on_tokens: Callable[[int], None] | None = None,
-    ) -> Generator[tuple[int, list[Response]]]:
-        """Yield each prompt's number with its responses. The same seed and prompts give the same responses."""
-        generator = torch.Generator(self.device).manual_seed(sampling.seed)
+    def generate(self, prompts: Prompts, count: int, sampling: Sampling, finished: Collection[int] = ()) -> Generated:
+        """Yield each prompt's number with its `count` responses, but not for prompts whose number is in `finished`.
+
+        Each `rollouts_per_batch` sequences have their own random numbers: leaving finished ones out changes no others.
+        """
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours need little padding
-        rows = [i for i in by_length for _ in range(count)]
+        order = [i for i in by_length for _ in range(count)]
         responses: dict[int, list[Response]] = {i: [] for i in by_length}
-        for start in range(0, len(rows), self.rollouts_per_batch):
-            batch = rows[start : start + self.rollouts_per_batch]
-            with (_fewer_at_once(self), torch.inference_mode(), autocast(self.device, self.dtype),
-                  _decoding(self.policy)):  # fmt: skip
-                drawn = self._decode([prompts[i] for i in batch], sampling, generator, on_tokens)
-            for i, response in zip(batch, drawn, strict=True):
+        for start in range(0, len(order), self.rollouts_per_batch):
+            together = order[start : start + self.rollouts_per_batch]
+            if all(i in finished for i in together):
+                continue
+            seed = random.Random(f"{sampling.seed}:{start}").getrandbits(63)
+            generator = torch.Generator(self.device).manual_seed(seed)
+            with torch.inference_mode(), autocast(self.device, self.dtype), _decoding(self.policy):
+                decoded = self._decode([prompts[i] for i in together], sampling, generator)
+            for i, response in zip(together, decoded, strict=True):
                 responses[i].append(response)
-            for i in dict.fromkeys(batch):
-                if len(responses[i]) == count:
+                if len(responses[i]) == count and i not in finished:
                     yield i, responses[i]
 
-    def _decode(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, generator: torch.Generator,
-        on_tokens: Callable[[int], None] | None,
-    ) -> list[Response]:
+    def _decode(self, prompts: Prompts, sampling: Sampling, generator: torch.Generator) -> list[Response]:
         model = causal_lm(self.policy)
         head = model.get_output_embeddings()
         longest = max(map(len, prompts))
-        # B rows, padded on the left so that every row's next token is in the last column; rows leave as they end
-        padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]  # left, so that all end together
         tokens = torch.tensor(padded, device=self.device)  # (B, L)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         mask = torch.arange(longest, device=self.device) >= longest - lengths[:, None]  # (B, L) bool
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, L)
         cache = DynamicCache(config=model.config)
         responses = [Response([], [], "length") for _ in prompts]
-        rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
+        decoding = list(responses)  # the response of each sequence; sequences leave as they end
         for _ in range(sampling.max_tokens):
-            hidden = model.base_model(
-                input_ids=tokens, attention_mask=mask.long(), position_ids=positions, past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]  # (B, H)
+            hidden = model.base_model(input_ids=tokens, attention_mask=mask.long(), position_ids=positions,
+                                      past_key_values=cache, use_cache=True).last_hidden_state[:, -1]  # (B, H)
             logprobs = torch.log_softmax(head(hidden).float() / sampling.temperature, dim=-1)  # (B, V)
             tokens = torch.multinomial(_truncate(logprobs, sampling).exp(), 1, generator=generator)  # (B, 1)
             chosen = logprobs.gather(1, tokens)[:, 0].tolist()
             ended = torch.isin(tokens[:, 0], self.stop_tokens).tolist()
-            grown = 0
-            for row, token, logprob, end in zip(rows, tokens[:, 0].tolist(), chosen, ended, strict=True):
-                response = responses[row]
+            for response, token, logprob, end in zip(decoding, tokens[:, 0].tolist(), chosen, ended, strict=True):
                 if response.finish_reason == "length":  # not ended before
                     response.tokens.append(token)
                     response.sampler_logprobs.append(logprob)
                     response.finish_reason = "stop" if end else "length"
-                    grown += 1
-            if on_tokens is not None:
-                on_tokens(grown)
-            running = [i for i, row in enumerate(rows) if responses[row].finish_reason == "length"]
+            running = [i for i, response in enumerate(decoding) if response.finish_reason == "length"]
             if not running:
                 break
             positions = positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            if len(running) <= 0.75 * len(rows):  # copying the cache costs: drop ended rows a quarter at a time
+            mask = torch.cat([mask, mask.new_ones(len(decoding), 1)], dim=1)
+            if len(running) <= 0.75 * len(decoding):  # copying the cache costs: a quarter at a time
                 keep = torch.tensor(running, device=self.device)
                 cache.batch_select_indices(keep)
                 tokens, mask, positions = tokens[keep], mask[keep], positions[keep]
-                rows = [rows[i] for i in running]
+                decoding = [decoding[i] for i in running]
         return responses
 
 
 @contextlib.contextmanager
-def _decoding(policy: torch.nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode and to attention over a cache; training's packed attention comes back after."""
+def _decoding(policy: nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode and to attention over a cache, and back."""
     model = causal_lm(policy)
     was_training, attention = policy.training, model.config._attn_implementation
     policy.eval()
@@ -372,7 +311,7 @@ def _decoding(policy: torch.nn.Module) -> Iterator[None]:
         policy.train(was_training)
 
 
-def _truncate(logprobs: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def _truncate(logprobs: Tensor, sampling: Sampling) -> Tensor:
     """Set tokens outside top-k and top-p to -inf; `multinomial` renormalises the rest."""
     if sampling.top_k > 0:
         limit = logprobs.topk(min(sampling.top_k, logprobs.shape[-1])).values[:, -1:]
@@ -384,233 +323,134 @@ def _truncate(logprobs: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return logprobs
 
 
-def stop_tokens(tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig | None) -> list[int]:
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, listed: int | list[int] | None) -> list[int]:
     """Return the tokens that end a response: the tokenizer's, and those that the model's generation settings list."""
-    listed = settings.eos_token_id if settings is not None else None
     return sorted({tokenizer.eos_token_id, *([listed] if isinstance(listed, int) else listed or [])})
 
 
 class VLLMEngine:
-    """Generate with vLLM in this very process, on the policy's own device: paged attention, continuous batching.
+    """Generate with vLLM in this process, on the policy's own device: paged attention, continuous batching.
 
-    On a GPU the two take turns with the memory: asleep, the engine holds neither weights nor a key-value cache, and
-    waking it brings the policy's weights over, tensor by tensor, before the cache is made. So policy, engine, cache and
-    the update's activations are never there together. On a CPU, where vLLM cannot sleep, it only takes the weights.
+    On a GPU trainer and engine take turns with the memory. Asleep, the engine holds neither weights nor a cache. Waking
+    brings the policy's weights over, tensor by tensor, before the cache is made. On a CPU vLLM only takes the weights.
     """
 
-    def __init__(
-        self, model: str, tokenizer: PreTrainedTokenizerBase, settings: Common, *, max_tokens: int,
-        rope: Mapping[str, Any] | None = None, weights: Literal["disk", "policy"] = "disk", reserved_bytes: int = 0,
-        offload: torch.nn.Module | None = None,
-    ) -> None:
-        """Start vLLM.
-
-        max_tokens: of the longest prompt with its response. weights: disk, or policy: each `wake` brings them, and in
-        between the engine sleeps. reserved_bytes: device memory that others will take and the cache must leave.
-        offload: the policy, if it is to be in CPU memory while the engine is awake.
-        """
+    def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase, settings: Common, max_tokens: int, *,
+                 rope: Mapping[str, Any] | None = None, policy: nn.Module | None = None) -> None:
+        """Start vLLM. max_tokens: prompt and response. Without a policy it reads the weights, and never sleeps."""
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process, not in one beside
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         warnings.filterwarnings("ignore", module="vllm|torch.jit")  # of what they will change in themselves
         from vllm import LLM
-
-        device = resolve_device(settings.device)
-        if device.index:
-            raise ModelError(f"device is {settings.device}: vllm takes the first GPU that it sees; start with "
-                             f"CUDA_VISIBLE_DEVICES={device.index} and without --device, or take --engine hf")
-        dtype = resolve_dtype(settings, device)
-        if weights == "disk":
-            _check_weights(model, settings.allow_pickled_weights)
-        on_disk = "auto" if settings.allow_pickled_weights else "safetensors"
-        self.sleeps, self.dtype = device.type == "cuda" and weights == "policy", dtype
+        self.tokenizer, self.device = tokenizer, resolve_device(settings.device)
+        if self.device.index:
+            raise UserError(f"device is {settings.device}: vllm takes the first GPU that it sees; start with "
+                            f"CUDA_VISIBLE_DEVICES={self.device.index} and without --device, or give --engine hf")
+        self.dtype = resolve_dtype(settings, self.device)
+        self.rollouts_per_batch, self.timeout = settings.rollouts_per_batch, settings.engine_timeout
+        self.sleeps = self.device.type == "cuda" and policy is not None
+        self.offloaded = policy if self.sleeps and isinstance(settings, Config) and settings.offload_policy else None
         config = AutoConfig.from_pretrained(model, trust_remote_code=settings.trust_remote_code)
         text = config.get_text_config()
-        # As in the release, responses may be longer than the positions that the model's config names.
+        # as in the release, responses may be longer than the positions that the model's config names
         overrides: dict[str, Any] = {"max_position_embeddings": max(max_tokens, text.max_position_embeddings)}
         if rope is not None:
             overrides["rope_parameters"] = {**text.rope_parameters, **rope}
-        self.offload, self.device = offload if self.sleeps else None, device
         self._move_policy(torch.device("cpu"))
-        cache_bytes = kv_cache_bytes(config, settings, max_tokens, reserved_bytes)
-        self.time_limit = settings.engine_timeout
-        self.on_hang: Callable[[], None] = lambda: None
-        self.rollouts_per_batch = settings.rollouts_per_batch
+        cache_bytes = kv_cache_bytes(config, settings, max_tokens, policy)
         try:
             self.llm = LLM(
-                model=model, dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
-                seed=settings.seed, hf_overrides=overrides,
-                load_format="dummy" if weights == "policy" else on_disk, trust_remote_code=settings.trust_remote_code,
+                model=model, dtype=str(self.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+                seed=settings.seed, hf_overrides=overrides, trust_remote_code=settings.trust_remote_code,
+                load_format="safetensors" if policy is None else "dummy", enable_sleep_mode=self.sleeps,
                 max_model_len=max_tokens, max_num_seqs=settings.rollouts_per_batch, kv_cache_memory_bytes=cache_bytes,
-                logprobs_mode="processed_logprobs",  # at the temperature; the default's are at 1
                 gpu_memory_utilization=0.01,  # what vLLM insists on finding free; the cache's size is given
-                skip_tokenizer_init=True,  # tokens in, tokens out
-                enable_sleep_mode=self.sleeps, enforce_eager=device.type != "cuda",
-                distributed_executor_backend="external_launcher" if rank_count() > 1 else None,  # one engine per rank
-            )
+                logprobs_mode="processed_logprobs",  # at the temperature; the default's are at 1
+                skip_tokenizer_init=True, enforce_eager=self.device.type != "cuda",
+                distributed_executor_backend="external_launcher" if rank_count() > 1 else None)  # one engine per rank
         except (ValueError, RuntimeError, OSError, SafetensorError) as error:
-            raise ModelError(f"engine is vllm: it does not start with model {model} ({_first_line(error)}): lower "
-                             "--max-response-tokens or --rollouts-per-batch if memory is short, or take --engine hf"
-                             ) from error
-        try:
-            generation = GenerationConfig.from_pretrained(model)
-        except OSError:  # the folder has none
-            generation = None
-        self.stop_tokens = stop_tokens(tokenizer, generation)
+            raise UserError(f"engine is vllm: it does not start with {model} ({one_line(error)}): give --engine hf "
+                            "or, if memory is short, lower --max-response-tokens or --rollouts-per-batch") from error
+        generation = self.llm.model_config.try_get_generation_config()
+        self.stop_tokens = stop_tokens(tokenizer, generation.get("eos_token_id"))
         self.sleep()
 
-    def wake(self, policy: torch.nn.Module) -> None:
+    def wake(self, policy: nn.Module) -> None:
         """Take the policy's weights over, then make the key-value cache."""
-        with _engine_errors("took the weights over"):
-            if self.sleeps:
-                torch.cuda.empty_cache()  # what the update has freed, PyTorch has kept
-                self.llm.wake_up(tags=["weights"])
-            weights = policy_weights(policy, self.dtype)
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-            self.llm.reset_prefix_cache()  # it was computed with the old weights
-            self._move_policy(torch.device("cpu"))
-            if self.sleeps:
-                self.llm.wake_up(tags=["kv_cache"])
+        if self.sleeps:
+            torch.cuda.empty_cache()  # what the update has freed, PyTorch has kept
+            self.llm.wake_up(tags=["weights"])
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": policy_weights(policy, self.dtype)})
+        self.llm.reset_prefix_cache()  # it was computed with the old weights
+        self._move_policy(torch.device("cpu"))
+        if self.sleeps:
+            self.llm.wake_up(tags=["kv_cache"])
 
     def sleep(self) -> None:
-        """Free weights and cache; neither is kept, as the next `wake` brings all weights again."""
+        """Free weights and cache. Neither is kept: the next `wake` brings all weights again."""
         if self.sleeps:
             self.llm.sleep(level=2)
         self._move_policy(self.device)
 
     def _move_policy(self, device: torch.device) -> None:
-        if self.offload is not None:
-            for parameter in self.offload.parameters():
+        if self.offloaded is not None:
+            for parameter in self.offloaded.parameters():
                 parameter.data = parameter.data.to(device)
             torch.cuda.empty_cache()
 
     def close(self) -> None:
-        """End vLLM and free what it holds, so that another engine can start in this process."""
+        """End vLLM, so that another engine can start in this process."""
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         cleanup_dist_env_and_memory()
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling,
-        on_tokens: Callable[[int], None] | None = None,
-    ) -> Generator[tuple[int, list[Response]]]:
+    def generate(self, prompts: Prompts, count: int, sampling: Sampling, finished: Collection[int] = ()) -> Generated:
         """Yield each prompt's number with its responses, those that finish first first."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
         engine: Any = self.llm.llm_engine
         torch.manual_seed(sampling.seed)  # all requests draw from it: a generator for each would be slow
-        engine.engine_core.engine_core.scheduler.max_num_active_reqs = self.rollouts_per_batch
-        for i, prompt in enumerate(prompts):
-            engine.add_request(str(i), {"prompt_token_ids": list(prompt)}, SamplingParams(
-                n=count, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
-                max_tokens=sampling.max_tokens, stop_token_ids=self.stop_tokens, logprobs=0, flat_logprobs=True,
-                detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
-            ))  # fmt: skip
-        finished = reported = 0
+        settings = SamplingParams(n=count, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
+                                  max_tokens=sampling.max_tokens, stop_token_ids=self.stop_tokens, detokenize=False,
+                                  logprobs=0, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY)  # fmt: skip
+        missing = [i for i in range(len(prompts)) if i not in finished]
+        for i in missing:
+            engine.add_request(str(i), {"prompt_token_ids": list(prompts[i])}, settings.clone())
         try:
-            with _engine_errors("generated"), _fewer_at_once(self), self._watched() as alive:
-                while engine.has_unfinished_requests():
-                    for output in engine.step():
-                        if failed := {o.finish_reason for o in output.outputs} - {"stop", "length"}:
-                            raise EngineError(f"engine is vllm: a response ended by {failed.pop()}; take --engine hf")
-                        responses = [Response(list(o.token_ids), list(o.logprobs.logprobs), o.finish_reason)
-                                     for o in output.outputs]
-                        finished += sum(len(response.tokens) for response in responses)
-                        yield int(output.request_id), responses
-                    running = engine.output_processor.request_states.values()
-                    tokens = finished + sum(state.detokenizer.num_output_tokens() for state in running)
-                    if tokens != reported:  # fewer when a response waits for the rest of its group
-                        alive()
-                    if on_tokens is not None:
-                        on_tokens(tokens - reported)
-                    reported = tokens
+            while engine.has_unfinished_requests():
+                faulthandler.dump_traceback_later(self.timeout, exit=True)  # nothing else ends a hang; --resume goes on
+                for output in engine.step():
+                    if failed := {o.finish_reason for o in output.outputs} - {"stop", "length"}:
+                        raise UserError(f"engine is vllm: it ended a response by {failed.pop()}; give --engine hf")
+                    yield int(output.request_id), [Response([*o.token_ids], [*o.logprobs.logprobs], o.finish_reason)
+                                                   for o in output.outputs]
         finally:
-            engine.abort_request([str(i) for i in range(len(prompts))])  # what Ctrl-C has left
-
-    @contextlib.contextmanager
-    def _watched(self) -> Iterator[Callable[[], None]]:
-        """End the process if what is yielded is not called for `time_limit` seconds: a hang cannot be interrupted."""
-        done, last = threading.Event(), time.monotonic()
-
-        def alive() -> None:
-            nonlocal last
-            last = time.monotonic()
-
-        def watch() -> None:
-            while not done.wait(self.time_limit / 10):
-                if time.monotonic() - last > self.time_limit:
-                    print(f"error: engine is vllm: no new token for {self.time_limit:g} s, it hangs: raise "
-                          "--engine-timeout if that is too short, or take --engine hf", file=sys.stderr, flush=True)
-                    saving = threading.Thread(target=self.on_hang, daemon=True)
-                    saving.start()
-                    saving.join(60)  # the device may hang too
-                    os._exit(2)
-
-        threading.Thread(target=watch, daemon=True).start()
-        try:
-            yield alive
-        finally:
-            done.set()
-
-
-@contextlib.contextmanager
-def _fewer_at_once(engine: HFEngine | VLLMEngine) -> Iterator[None]:
-    """Where memory runs out, halve the responses side by side, for the one who asks again."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        if engine.rollouts_per_batch == 1:
-            raise EngineError("memory runs out while a single response is generated: lower --max-response-tokens, or "
-                              "ask python tools/plan.py what fits") from error
-        engine.rollouts_per_batch //= 2
-        raise OutOfMemory(f"memory ran out, now {engine.rollouts_per_batch} responses side by side") from error
-
-
-@contextlib.contextmanager
-def _engine_errors(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # out of memory is one, a dead engine another
-        raise EngineError(f"engine is vllm: it failed while it {doing} ({_first_line(error)}): lower "
-                          "--rollouts-per-batch if memory is short, or take --engine hf") from error
+            faulthandler.cancel_dump_traceback_later()
+            engine.abort_request([str(i) for i in missing])  # what Ctrl-C has left
 
 
 def uses_vllm(settings: Common) -> bool:
     """Tell whether responses come from vLLM: on a GPU if it is installed, unless the engine is named."""
     installed = importlib.util.find_spec("vllm") is not None
     if settings.engine == "vllm" and not installed:
-        raise ModelError("engine is vllm: it is not installed; see the README, or take --engine hf")
-    auto = settings.engine == "auto" and installed and resolve_device(settings.device).type == "cuda"
-    return settings.engine == "vllm" or auto
+        raise UserError("engine is vllm: it is not installed; see the README, or give --engine hf")
+    return installed and settings.engine != "hf" and (
+        settings.engine == "vllm" or resolve_device(settings.device).type == "cuda")  # fmt: skip
 
 
-def policy_weights(policy: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield a policy's weights under their names in a checkpoint, tied ones too, each with its LoRA merged in.
-
-    Sharded ones come whole, so all ranks have to ask for them.
-    """
+def policy_weights(policy: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yield a policy's weights under their names in a checkpoint, tied ones too, each with its LoRA merged in."""
     model = causal_lm(policy)
     for name, weight in model.state_dict().items():
         if ".lora_" in name or ".base_layer.weight." in name:  # an adapter's own, the scales of a 4-bit weight
             continue
         if name.endswith(".base_layer.weight"):
             from peft.utils.integrations import dequantize_module_weight  # slow to import, and only LoRA needs it
-
             adapted = model.get_submodule(name.removesuffix(".base_layer.weight"))
             weight = dequantize_module_weight(adapted.base_layer).float()  # type: ignore[arg-type]
             weight = weight + adapted.get_delta_weight("default").detach().float()  # type: ignore[operator]
-        yield name.replace(".base_layer.", "."), whole(weight).to(dtype)
-
-
-ENGINE_SHARE = 0.1
-"""Of a GPU's memory, for vLLM's activations, CUDA graphs and what else there is."""
-KV_BLOCK = 128
-"""Tokens; vLLM rounds each sequence up to its block, which is no larger."""
+        yield name.replace(".base_layer.", "."), weight.to(dtype)
 
 
 def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
@@ -620,169 +460,84 @@ def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
     return 2 * text.num_hidden_layers * heads * width * dtype.itemsize
 
 
-def kv_cache_bytes(config: PretrainedConfig, settings: Common, max_tokens: int, reserved_bytes: int = 0) -> int:
-    """Give vLLM's key-value cache what all sequences need at their longest, at most what the device has left.
+def optimizer_bytes(policy: nn.Module, config: Config) -> int:
+    """Return what the optimizer's state takes of the device after the first update; paged state can leave it."""
+    trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    return trained * {"adamw": 8, "adamw8bit": 2}.get(config.optimizer, 0)
 
-    Raises: ModelError if not even one response fits.
-    """
+
+def kv_cache_bytes(config: PretrainedConfig, settings: Common, max_tokens: int, policy: nn.Module | None = None) -> int:
+    """Give vLLM's cache what all sequences need, or else what memory is left. Raises: UserError if not one fits."""
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings, device)
     per_token = kv_bytes_per_token(config, dtype)
+    left = 0.25 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     if device.type == "cuda":
         with torch.device("meta"):  # no memory: only to count
-            weights = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=settings.trust_remote_code
-            ).num_parameters() * dtype.itemsize
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
         free, total = torch.cuda.mem_get_info(device)
-        left = free - weights - reserved_bytes - ENGINE_SHARE * total
-    else:
-        left = 0.25 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    if left < per_token * (max_tokens + KV_BLOCK):
-        raise ModelError(
-            f"engine is vllm: the key-value cache of one response of {max_tokens} tokens with its prompt takes "
-            f"{per_token * max_tokens / 2**30:.1f} GiB, {max(0.0, left) / 2**30:.1f} are left: at most "
-            f"{max(0, int(left / per_token) - KV_BLOCK)} tokens fit; lower --max-response-tokens")
+        left = free - model.num_parameters() * dtype.itemsize - ENGINE_SHARE * total
+        if policy is not None and isinstance(settings, Config):
+            left -= optimizer_bytes(policy, settings)
+    most = int(left / per_token) - KV_BLOCK
+    if most < max_tokens:
+        raise UserError(f"engine is vllm: a prompt with its response may have {max_tokens} tokens, {max(0, most)} fit "
+                        "into the memory that is left for its key-value cache; lower --max-response-tokens")
     return int(min(left, per_token * (max_tokens + KV_BLOCK) * settings.rollouts_per_batch))
 
 
 # ---------------------------------------------------------------- groups and their grades
 
-
-def sample_groups(
-    engine: Engine, tokenizer: PreTrainedTokenizerBase, pool: RewardPool, problems: Sequence[Problem], group_size: int,
-    sampling: Sampling, on_tokens: Callable[[int], None] | None = None, kept_in: Path | None = None,
-) -> tuple[list[Group], list[Grading]]:
-    """Draw `group_size` rollouts of every problem. Each group's grading begins when it is finished, beside the others'.
-
-    kept_in: see `generate_once`. Returns the groups in the order of the problems, and what `set_rewards` waits for.
-    """
-    groups: dict[int, Group] = {}
-    gradings = []
-    prompts = [problem.prompt_tokens for problem in problems]
-    with contextlib.closing(generate_once(engine, prompts, group_size, sampling, on_tokens, kept_in)) as finished:
-        for i, responses in finished:
-            problem = problems[i]
-            groups[i] = Group(problem, [_rollout(problem, response, tokenizer) for response in responses])
-            for rollout in groups[i].rollouts:
-                gradings.append((rollout, pool.submit((rollout.text, problem.answers, rollout.truncated), problem)))
-    return [groups[i] for i in range(len(problems))], gradings
-
-
-def generate_once(
-    engine: Engine, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling,
-    on_tokens: Callable[[int], None] | None, kept_in: Path | None,
-) -> Generator[tuple[int, list[Response]]]:
-    """Yield what the engine generates, and keep it in a folder, from where it comes when the same is asked again.
-
-    Where memory runs out it is asked for what is missing, see `OutOfMemory`.
-    """
-    asked = json.dumps([prompts, count, asdict(sampling)])
-    path = kept_in and kept_in / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
-    if path and path.exists():
-        with contextlib.suppress(ValueError):  # damaged on the disk: generate it again
-            known = json.loads(path.read_bytes())
-            yield from ((i, [Response(*values) for values in kept]) for i, kept in known)
-            return
-    drawn: list[tuple[int, list[Any]]] = []
-    left = list(range(len(prompts)))
-    while left:
-        numbers = left.copy()
-        try:
-            with contextlib.closing(engine.generate([prompts[i] for i in left], count, sampling, on_tokens)) as done:
-                for number, responses in done:
-                    i = numbers[number]
-                    drawn.append((i, [(r.tokens, r.sampler_logprobs, r.finish_reason) for r in responses]))
-                    yield i, responses
-                    left.remove(i)
-        except OutOfMemory:  # ask for the others again, fewer of which are then generated side by side
-            pass
-    if path:
-        data.write_whole(path, json.dumps(drawn))
-
-
-def _rollout(problem: Problem, response: Response, tokenizer: PreTrainedTokenizerBase) -> Rollout:
-    spoken = response.tokens[:-1] if response.finish_reason == "stop" else response.tokens  # without the stop token
-    return Rollout(
-        problem_id=problem.id,
-        prompt_tokens=problem.prompt_tokens,
-        response_tokens=response.tokens,
-        sampler_logprobs=response.sampler_logprobs,
-        text=tokenizer.decode(spoken, skip_special_tokens=False),  # type: ignore[arg-type]
-        finish_reason=response.finish_reason,
-    )
-
-
+Engine = HFEngine | VLLMEngine
 Grading = tuple[Rollout, "Future[Grade]"]
 
 
-def set_rewards(gradings: Sequence[Grading]) -> None:
-    """Set reward and reason of every rollout, once they are known."""
+def sample_groups(engine: Engine, pool: RewardPool, problems: Sequence[Problem], group_size: int, sampling: Sampling,
+                  kept: Path | None = None) -> tuple[list[Group], list[Grading]]:
+    """Draw `group_size` rollouts of every problem. Grading of a group begins when the group is finished.
+
+    Each rank draws its part of the problems. Finished groups are appended to the file `kept`, and after a kill the same
+    call takes them from there. Returns the groups in the problems' order, and the gradings that `set_rewards` awaits.
+    """
+    problems = problems[rank() :: rank_count()]
+    sampling = replace(sampling, seed=sampling.seed + rank())
+    prompts = [list(problem.prompt_tokens) for problem in problems]
+    drawing = [prompts, group_size, asdict(sampling), type(engine).__name__, engine.rollouts_per_batch]
+    key = hashlib.sha256(json.dumps(drawing).encode()).hexdigest()[:16]
+    kept = kept and kept.with_name(f"{kept.name}.rank{rank()}.jsonl")
+    known = {line["number"]: [Response(*values) for values in line["responses"]]
+             for line in (read_lines(kept) if kept else ()) if line["key"] == key}
+    groups: dict[int, Group] = {}
+    gradings: list[Grading] = []
+    with (contextlib.closing(engine.generate(prompts, group_size, sampling, known.keys())) as generated,
+          tqdm(total=len(problems), unit="group", leave=False, disable=True if rank() else None) as progress):
+        for i, responses in itertools.chain(known.items(), generated):
+            if kept and i not in known:
+                append_lines(kept, [{"key": key, "number": i, "responses": [astuple(r) for r in responses]}])
+            problem = problems[i]
+            groups[i] = Group(problem, [])
+            for r in responses:
+                spoken = r.tokens[:-1] if r.finish_reason == "stop" else r.tokens  # without the stop token
+                text = str(engine.tokenizer.decode(spoken, skip_special_tokens=False))
+                drawn = Rollout(problem.id, problem.prompt_tokens, r.tokens, r.sampler_logprobs, text, r.finish_reason)
+                groups[i].rollouts.append(drawn)
+                gradings.append((drawn, pool.submit((text, problem.answers, drawn.truncated), problem)))
+            tokens = sum(len(rollout.response_tokens) for rollout, _ in gradings)
+            progress.set_postfix_str(f"{tokens / (progress.format_dict['elapsed'] + 1e-6):,.0f} tokens/s")
+            progress.update()
+    return [groups[i] for i in range(len(problems))], gradings
+
+
+def set_rewards(groups: list[Group], gradings: Sequence[Grading]) -> list[Group]:
+    """Set reward and reason of every rollout, once they are known. Return the groups, those of all ranks together."""
     for rollout, grading in gradings:
         grade = grading.result()
         rollout.reward, rollout.reason = grade.reward, grade.reason
+    parts = gather(groups)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
-def load_problems(settings: Common, source: str) -> list[Problem]:
-    """Load problems whose answers can be graded; a reward of one's own reads them itself."""
-    check = (lambda answers: None) if settings.reward else check_answer
-    return data.load_problems(source, check_answers=check, skip_bad_rows=settings.skip_bad_rows, seed=settings.seed)
-
-
-def encode_prompts(
-    settings: Common, problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase
-) -> list[Problem]:
-    """Return the problems with their prompt_tokens."""
-    examples = data.load_worked_examples(settings.prompt_examples) if settings.prompt_examples else []
-    return data.encode_prompts(
-        problems, tokenizer, suffix=settings.prompt_suffix, examples=examples,
-        max_prompt_tokens=settings.max_prompt_tokens, skip_bad_rows=settings.skip_bad_rows,
-    )
-
-
-def reward_pool(settings: Common, tokenizer: PreTrainedTokenizerBase) -> RewardPool:
-    return RewardPool(workers=settings.reward_workers, timeout=settings.reward_timeout, function=settings.reward,
-                      require_think=settings.require_think and data.thinks(tokenizer))
-
-
-# -------------------------------------------------------------------------- evaluation
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What is kept of one rollout when nothing is trained."""
-
-    reward: float
-    reason: str
-    tokens: int
-    truncated: bool
-    text: str
-
-    @property
-    def correct(self) -> bool:
-        return self.reward >= 1.0
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A problem with the outcomes of its rollouts, and all settings that decided about them."""
-
-    id: str
-    problem: str
-    answers: tuple[str, ...]
-    system: str | None
-    pass_rate: float
-    outcomes: tuple[Outcome, ...]
-    settings: dict[str, Any]
-
-    @classmethod
-    def of(cls, group: Group, settings: dict[str, Any] | None = None, keep_text: bool = True) -> Measured:
-        outcomes = tuple(
-            Outcome(r.reward, r.reason, len(r.response_tokens), r.truncated, r.text if keep_text else "")
-            for r in group.rollouts
-        )
-        problem = group.problem
-        return cls(problem.id, problem.text, problem.answers, problem.system, group.pass_rate, outcomes, settings or {})
-
+# ------------------------------------------------------------- evaluation, temperature probe
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -791,43 +546,23 @@ class Evaluation:
     problems: int
     k: int
     avg_at_k: float
-    interval: float
-    """Half width of the 95 % interval of avg_at_k, over problems."""
-    pass_at_k: list[float]
-    """(k,) unbiased pass@1 ... pass@k."""
+    interval: float  # half width of the 95 % interval of avg_at_k, over problems
+    pass_at_k: list[float]  # (k,) unbiased pass@1 ... pass@k
     tokens_mean: float
     truncated: float
     distinct_4: float
 
     @classmethod
-    def of(cls, measured: Sequence[Measured]) -> Evaluation:
-        outcomes = [outcome for problem in measured for outcome in problem.outcomes]
-        k = len(measured[0].outcomes)
-        correct = [sum(outcome.correct for outcome in problem.outcomes) for problem in measured]
-        average, interval = mean_and_interval([problem.pass_rate for problem in measured])
-        return cls(
-            problems=len(measured),
-            k=k,
-            avg_at_k=average,
-            interval=interval,
-            pass_at_k=[statistics.fmean(pass_at_k(c, k, tries) for c in correct) for tries in range(1, k + 1)],
-            tokens_mean=statistics.fmean(outcome.tokens for outcome in outcomes),
-            truncated=statistics.fmean(outcome.truncated for outcome in outcomes),
-            distinct_4=mean_distinct_n([[o.text for o in problem.outcomes] for problem in measured]),
-        )
-
-
-def evaluate(
-    engine: Engine, tokenizer: PreTrainedTokenizerBase, pool: RewardPool, problems: Sequence[Problem], k: int,
-    sampling: Sampling, on_tokens: Callable[[int], None] | None = None, kept_in: Path | None = None,
-) -> list[Measured]:
-    """Sample and grade k rollouts per problem."""
-    groups, gradings = sample_groups(engine, tokenizer, pool, problems, k, sampling, on_tokens, kept_in)
-    set_rewards(gradings)
-    return [Measured.of(group) for group in groups]
-
-
-# --------------------------------------------------------------------- temperature probe
+    def of(cls, groups: Sequence[Group]) -> Evaluation:
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        k = len(groups[0].rollouts)
+        correct = [sum(rollout.correct for rollout in group.rollouts) for group in groups]
+        average, interval = mean_and_interval([group.pass_rate for group in groups])
+        return cls(len(groups), k, average, interval,
+                   pass_at_k=[statistics.fmean(pass_at_k(c, k, tries) for c in correct) for tries in range(1, k + 1)],
+                   tokens_mean=statistics.fmean(len(rollout.response_tokens) for rollout in rollouts),
+                   truncated=statistics.fmean(rollout.truncated for rollout in rollouts),
+                   distinct_4=mean_distinct_n([r.text for r in group.rollouts] for group in groups))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -835,20 +570,16 @@ class ProbeCurves:
     """What a probe found: temperature -> value."""
 
     accuracy: dict[float, float]
-    noise: dict[float, float]
-    """Standard error of the difference to the best accuracy, paired by problem."""
+    noise: dict[float, float]  # standard error of the difference to the best accuracy, paired by problem
     distinct_4: dict[float, float]
-    distinct_4_fixed: dict[float, float]
-    """Of the first `words` words only, over problems whose responses are all as long; nan if there are none."""
 
     @classmethod
-    def of(cls, measured: Mapping[float, Sequence[Measured]], words: int) -> ProbeCurves:
-        accuracy = {t: statistics.fmean(m.pass_rate for m in found) for t, found in measured.items()}
+    def of(cls, measured: Mapping[float, Sequence[Group]]) -> ProbeCurves:
+        accuracy = {t: statistics.fmean(group.pass_rate for group in groups) for t, groups in measured.items()}
         best = measured[max(accuracy, key=accuracy.__getitem__)]
-        noise, diversity, fixed = {}, {}, {}
-        for t, found in measured.items():
-            differences = [b.pass_rate - m.pass_rate for b, m in zip(best, found, strict=True)]
+        noise, diversity = {}, {}
+        for t, groups in measured.items():
+            differences = [b.pass_rate - group.pass_rate for b, group in zip(best, groups, strict=True)]
             noise[t] = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
-            texts = [[outcome.text for outcome in m.outcomes] for m in found]
-            diversity[t], fixed[t] = mean_distinct_n(texts), mean_distinct_n(texts, words=words)
-        return cls(accuracy, noise, diversity, fixed)
+            diversity[t] = mean_distinct_n([rollout.text for rollout in group.rollouts] for group in groups)
+        return cls(accuracy, noise, diversity)

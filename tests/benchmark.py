@@ -26,22 +26,24 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import tyro
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-import data
+import toy
 import train
 from polaris_mini import Config, Group, Problem, Rollout
-from rollout import Engine, HFEngine, Sampling, VLLMEngine, resolve_device
+from rollout import Engine, HFEngine, Sampling, VLLMEngine, load_policy, resolve_device
 
 PROMPTS, COUNT, TOKENS = 16, 8, 128  # of the engines
 CASES = ("8x512", "2x2048", "16x128")  # of the update: responses x tokens
@@ -68,8 +70,8 @@ def now() -> float:
 
 def make_engine(name: str, folder: Path, policy: torch.nn.Module, config: Config) -> Engine:
     if name == "vllm":
-        return VLLMEngine(str(folder), data.toy_tokenizer(), config, max_tokens=512, weights="policy")
-    return HFEngine(policy, data.toy_tokenizer(), config)
+        return VLLMEngine(str(folder), toy.toy_tokenizer(), config, 512, policy=policy)
+    return HFEngine(policy, toy.toy_tokenizer(), config)
 
 
 def engines(model: str | None) -> None:
@@ -77,7 +79,7 @@ def engines(model: str | None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(model) if model else small_model(Path(temporary), vocabulary=4096)
         config = Config(model=str(folder), rollouts_per_batch=PROMPTS * COUNT)
-        policy = train.load_policy(config, str(folder), None, device)
+        policy = load_policy(config)
         print(f"{model or 'small model'}: {sum(p.numel() for p in policy.parameters()):,} parameters, {device}, "
               f"{torch.get_num_threads()} threads; {PROMPTS} x {COUNT} x {TOKENS} tokens")
         print("engine   start s   sync s   tokens/s (median, least, most of 3)")
@@ -161,14 +163,17 @@ def update_once(case: Case, config: Config) -> tuple[float, float]:
     """Take one update and return seconds and MiB."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = small_model(Path(temporary), case.vocabulary)
-        policy = train.load_policy(config, str(folder), None, resolve_device("auto"))
+        policy = load_policy(replace(config, model=str(folder)))
         for parameter in policy.parameters():  # read from the disk only now
             parameter.data = parameter.data.clone()
     groups = [Group(Problem("p", "", ("1",)), case.rollouts())]
-    arguments: Any = (policy, train.make_optimizer(policy, config), train.loss_scaler(config, resolve_device("auto")))
+    device = resolve_device("auto").type
+    run: Any = SimpleNamespace(policy=policy, config=config, optimizer=train.make_optimizer(policy, config),
+                               scaler=torch.amp.GradScaler(device, enabled=config.dtype == "float16"),
+                               state=SimpleNamespace(temperature=1.0))
     with PeakMemory() as memory:
         began = now()
-        train.update_policy(*arguments, groups, 1.0, config)
+        train.update_policy(run, groups)
         took = now() - began
     return took, memory.above
 
@@ -202,7 +207,7 @@ def trl_update_once(case: Case, config: Config) -> tuple[float, float]:
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
         trainer = FixedRollouts(
-            model, reward_funcs=lambda **_: [], processing_class=data.toy_tokenizer(),
+            model, reward_funcs=lambda **_: [], processing_class=toy.toy_tokenizer(),
             train_dataset=Dataset.from_dict({"prompt": ["1"] * len(rollouts)}),
             args=GRPOConfig(
                 output_dir=temporary, per_device_train_batch_size=math.ceil(len(rollouts) / parts),

@@ -13,7 +13,7 @@ from transformers import (
     LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM,
 )
 
-import data
+import toy
 import train  # noqa: F401  registers the packed attention
 from fast_start import Script
 from polaris_mini import Rollout
@@ -30,7 +30,7 @@ def lines(path: Path) -> list[dict]:
 def even_sums(path: Path, count: int) -> Path:
     """Write problems that accept any even number: even a model that can hardly add is often right, and often not."""
     rows = [{"problem": p.text, "answer": [str(n) for n in range(0, 30, 2)]}
-            for p in data.toy_problems(count, seed=5, terms=[2])]
+            for p in toy.toy_problems(count, seed=5, terms=[2])]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

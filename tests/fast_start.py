@@ -1,6 +1,7 @@
 """Run our scripts as processes of their own, forked from one that has imported torch: a start takes no five seconds.
 
-Faults can be ordered for such a process: to be killed at a file operation, a disk that is full.
+Such a process takes signals as one that a shell has started in the foreground. Faults can be ordered for it: to be
+killed at a file operation, a disk that is full.
 """
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import multiprocessing
 import os
 import resource
 import runpy
+import shutil
 import signal
 import sys
 import tempfile
@@ -35,6 +37,8 @@ class Faults:
     """A file that gets the name of what that operation was about."""
     longest_file: int = 0
     """Bytes at which every file's growth ends in an error, as on a full disk; 0: none."""
+    removed: str = ""
+    """A folder that gets a copy of each kept group's file before the process removes it."""
 
 
 class Script:
@@ -83,6 +87,7 @@ def start_server(environment: Mapping[str, str]) -> None:
     before = dict(os.environ)
     os.environ.update(environment)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # a process that was killed has left semaphores to it
     try:
         forkserver.ensure_running()
     finally:
@@ -100,6 +105,10 @@ def _run(arguments: list[str], environment: dict[str, str], cwd: str, output: li
     sys.argv = arguments
     sys.path[0] = str(Path(arguments[0]).parent)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a fork server ignores it
+    for number in (signal.SIGHUP, signal.SIGTERM):  # as nohup, which may have started the tests, does with SIGHUP
+        signal.signal(number, signal.SIG_DFL)
+    if faults.removed:
+        sys.addaudithook(_archivist(Path(faults.removed)))
     if faults.kill_at:
         sys.addaudithook(_killer(faults))
     if faults.longest_file:
@@ -112,15 +121,27 @@ def _killer(faults: Faults):
 
     def on_event(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal left
-        changing = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "sqlite3.connect") or (
+        changing = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") or (
             event == "open" and arguments[1] not in (None, "r", "rb"))
         # a tree is deleted by names inside it and the number of its open folder
-        inside = isinstance(arguments[-1], int) and arguments[-1] >= 0 and event in ("os.remove", "os.rmdir")
+        inside = event in ("os.remove", "os.rmdir") and isinstance(arguments[-1], int) and arguments[-1] >= 0
         if changing and (inside or faults.folder in str(arguments[0])):
             left -= 1
             if left == 0:
                 Path(faults.witness).write_text(Path(str(arguments[0])).name)
                 kill = (os.getpid(), signal.SIGKILL)
                 threading.Timer(faults.kill_after, os.kill, kill).start() if faults.kill_after else os.kill(*kill)
+
+    return on_event
+
+
+def _archivist(folder: Path):
+    def on_event(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "os.remove":
+            path, number = Path(str(arguments[0])), arguments[1]
+            if isinstance(number, int) and number >= 0:
+                path = Path(os.readlink(f"/proc/self/fd/{number}")) / path
+            if path.parent.name == "kept":
+                shutil.copy(path, folder / path.name)
 
     return on_event

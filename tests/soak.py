@@ -4,24 +4,28 @@
     python tests/soak.py --kills 12 --engine vllm         # trainers with vLLM in them
 
 A tiny model trains on sums with a reward that is a coin tossed by the response's text: steps have updates, rescues,
-problems that leave, a probe, evaluations and checkpoints. A kill comes at a random time, or at a random file operation
-in the run's folder and up to 30 ms later. Prints a report; the exit code is 1 if anything was lost, repeated or
-different.
+problems that leave, a probe, evaluations and checkpoints, in half of the runs after every step, in the others after
+every third. A kill comes at a random time, or at a random file operation in the run's folder, or up to 30 ms later.
+Five responses are drawn at once, of 24 in a step, so that many kills come in the middle of a step.
+
+Prints a report; the exit code is 1 if anything was lost, repeated or different. Lost is a finished group in kept/ that
+the next start did not take from there. Repeated is one that was drawn again, and a response that was logged twice.
 """
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
 import os
 import random
 import re
+import shutil
 import signal
-import sqlite3
 import sys
 import tempfile
 import time
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,22 +34,28 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tools"))
 import data
-import train
+import toy
 
 COIN = "import zlib\n\ndef score(response, answer, problem):\n    return float(zlib.crc32(response.encode()) % 2)\n"
-OPTIONS = ["--data", "toy", "--reward", "coin:score", "--prompts-per-step", "6", "--group-size", "4", "--eval-problems",
-           "8", "--eval-rollouts", "2", "--eval-every", "4", "--checkpoint-every", "3", "--lr", "1e-3", "--stages",
-           "9:1.0:10", "9:auto:14", "--probe-problems", "4", "--updates-per-batch", "2"]  # fmt: skip
-STEPS = 18
+PROMPTS, GROUP_SIZE, STEPS, EVERY = 6, 4, 10, (1, 3)
+OPTIONS = ["--data", "problems.jsonl", "--prompt-suffix", "", "--reward", "coin:score", "--prompts-per-step", PROMPTS,
+           "--group-size", GROUP_SIZE, "--rollouts-per-batch", "5", "--eval-problems", "8", "--eval-rollouts", "2",
+           "--eval-every", "4", "--lr", "1e-3", "--stages", "5:auto:10", "5:auto:14", "--probe-problems", "4",
+           "--updates-per-batch", "2", "--mastered-above", "0.7", "--probe-temperatures", "1,1.1"]  # fmt: skip
 LOGS = ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl", "scores.jsonl", "probes.jsonl")
 MEASURED = ("time/", "memory/", "tokens/per_second")
-KINDS = {"trainer, random moment": 2, "trainer, at a file operation": 3, "reward worker": 1}  # and how often
+KINDS = {  # and how often
+    "trainer, random moment": 2, "trainer, at a file operation": 2, "trainer, as a group is kept": 2,
+    "reward worker": 1,
+}  # fmt: skip
+Kept = dict[tuple[str, str, int], object]  # file, key and number of a finished group -> its responses
 
 
 def make_world(folder: Path) -> list[object]:
-    """Write a tiny model and the reward; return the options of a run."""
-    tokenizer = data.toy_tokenizer()
+    """Write a tiny model, problems and the reward; return the options of a run."""
+    tokenizer = toy.toy_tokenizer()
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -55,26 +65,48 @@ def make_world(folder: Path) -> list[object]:
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     (folder / "coin.py").write_text(COIN)
+    rows = [{"problem": problem.text, "answer": problem.answers[0]} for problem in toy.toy_problems(24, seed=5)]
+    data.append_lines(folder / "problems.jsonl", rows)
     return ["--model", folder / "model", *OPTIONS]
 
 
 def result_of(folder: Path) -> dict[str, object]:
-    """Collect what a run leaves: logs but for times and memory, checkpoints, the sink."""
+    """Collect what a run leaves: logs but for times and memory, all of each checkpoint, the sink."""
     found: dict[str, object] = {}
     for name in LOGS:
         found[name] = [{key: value for key, value in line.items() if not key.startswith(MEASURED)}
                        for line in data.read_lines(folder / name)]
-    for checkpoint in train.Run(folder).checkpoints():
-        found[f"weights of {checkpoint.name}"] = train.digests(checkpoint)["model.safetensors"]
-        state = torch.load(checkpoint / "trainer_state.pt", weights_only=True)
-        found[f"state of {checkpoint.name}"] = json.dumps(state, default=_as_json, sort_keys=True)
-    with sqlite3.connect(folder / "sink.sqlite") as database:
-        found["sink"] = sorted(database.execute("SELECT * FROM rollouts"))
+    for path in sorted((folder / "checkpoints").rglob("*")):
+        if path.is_file():
+            content = torch.load(path, weights_only=True) if path.suffix == ".pt" else path.read_bytes()
+            found[str(path.relative_to(folder))] = as_text(content)
+    found["sink"] = {path.name: path.read_bytes() for path in (folder / "sink").glob("*.json")}
+    found["beside"] = sorted(path.name for path in folder.glob("[!.]*"))
     return found
 
 
-def _as_json(value: object) -> object:
-    return value.tolist() if isinstance(value, torch.Tensor) else sorted(value)  # a set
+def as_text(value: object) -> str:
+    """Write bytes, tensors and what holds them as a short text, which differs where a bit does."""
+    if isinstance(value, torch.Tensor):
+        value = f"{value.dtype} {tuple(value.shape)} {value.tolist()}"
+    elif isinstance(value, dict):
+        value = {name: as_text(part) for name, part in value.items()}
+    return hashlib.sha256(value if isinstance(value, bytes) else repr(value).encode()).hexdigest()
+
+
+def kept_groups(folder: Path) -> Kept:
+    """Read the finished groups in a folder.
+
+    Raises: ValueError if one was drawn twice.
+    """
+    groups: Kept = {}
+    for path in sorted(folder.glob("step_*")):
+        for line in data.read_lines(path):
+            group = path.name, line["key"], line["number"]
+            if group in groups:
+                raise ValueError(f"group {line['number']} of {path.name} was drawn twice")
+            groups[group] = line["responses"]
+    return groups
 
 
 def children(pid: int) -> list[int]:
@@ -97,40 +129,59 @@ class Soak:
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
         Script(["--help"], self.environment).wait()  # the first one waits for the import of torch
-        start = time.monotonic()
-        ended = self.start(folder / "undisturbed").wait()
-        assert ended.returncode == 0, ended.stderr
-        self.seconds = time.monotonic() - start
-        self.expected = result_of(folder / "undisturbed")
+        self.expected: dict[int, dict[str, object]] = {}
+        self.drawn: dict[int, Kept] = {}
+        """What the undisturbed runs leave, and every group that they draw, by `checkpoint_every`."""
+        for every in EVERY:
+            run, start = folder / f"undisturbed-{every}", time.monotonic()
+            ended = self.start(run, every=every).wait()
+            assert ended.returncode == 0, ended.stderr
+            self.seconds = time.monotonic() - start
+            self.expected[every], self.drawn[every] = result_of(run), kept_groups(folder / "removed")
+        metrics = list(data.read_lines(run / "metrics.jsonl"))
+        assert sum(line["batch/rescued"] for line in metrics) > 0
+        assert all(line["optim/grad_norm"] for line in metrics)
+        assert re.search("stage 2: [1-9].* leave", (run / "log.txt").read_text())
 
-    def start(self, run: Path, faults: Faults | None = None) -> Script:
-        arguments = ["--resume", run] if run.exists() else [*self.options, "--run-dir", run]
-        return Script(arguments, self.environment, cwd=self.folder, faults=faults)
+    def start(self, run: Path, faults: Faults | None = None, every: int = EVERY[-1]) -> Script:
+        """Start a run, or resume it. `removed` has then the kept groups that this process removes."""
+        shutil.rmtree(self.folder / "removed", ignore_errors=True)
+        (self.folder / "removed").mkdir()
+        arguments = ["--resume", run] if run.exists() else [
+            *self.options, "--checkpoint-every", every, "--run-dir", run]
+        return Script(arguments, self.environment, cwd=self.folder,
+                      faults=replace(faults or Faults(), removed=str(self.folder / "removed")))
 
-    def kill_and_resume(self, run: Path, kills: int) -> int:
+    def kill_and_resume(self, run: Path, kills: int, every: int = EVERY[-1]) -> int:
         """Let a run come to its end; return how often it was killed on the way, at most `kills` times."""
-        done = 0
+        done, kept, checkpoints = 0, Kept(), {}
         while True:
             kind = self.rng.choices([*KINDS], [*KINDS.values()])[0] if done < kills else "none"
-            before = self._precious(run)
-            killed = self._one_process(run, kind)
+            killed, ended = self._one_process(run, kind, every)
             self.counts[f"killed: {kind}"] += killed
             done += killed
-            self._compare_precious(run, before, kind)
-            if (run / "done").exists():
+            place = f"{run.name}, {kind}"
+            try:
+                kept = self._compare_kept(run, kept, every)
+                checkpoints = self._compare_checkpoints(run, checkpoints)
+            except ValueError as error:
+                self.faults.append(f"{place}: {error}")
+            if ended:
                 break
+            self._count_middle(kept, every)
             self.counts["resumed"] += 1
-        self._compare(run)
+        self._compare(run, every)
         return done
 
-    def _one_process(self, run: Path, kind: str) -> int:
-        """Start or resume a run, kill it or its workers, wait for its end; return the number of kills."""
-        faults, witness = None, self.folder / "witness"
+    def _one_process(self, run: Path, kind: str, every: int) -> tuple[int, bool]:
+        """Start or resume a run, kill it or its workers, wait; return the number of kills, and whether it is over."""
+        faults, witness = Faults(), self.folder / "witness"
         witness.unlink(missing_ok=True)
-        if kind == "trainer, at a file operation":
-            faults = Faults(kill_at=self.rng.randint(1, 150), folder=run.name, witness=str(witness),
+        if kind.startswith("trainer, a"):
+            operation, folder = (60, f"{run.name}/kept") if "kept" in kind else (150, run.name)
+            faults = Faults(kill_at=self.rng.randint(1, operation), folder=folder, witness=str(witness),
                             kill_after=self.rng.choice([0, 0.03 * self.rng.random()]))
-        process = self.start(run, faults)
+        process = self.start(run, faults, every)
         killed = 0
         if kind == "trainer, random moment":
             with suppress(TimeoutError):  # which kills
@@ -142,47 +193,72 @@ class Soak:
                     os.kill(worker, signal.SIGKILL)
                     killed += 1
         ended = process.wait()
-        if ended.returncode == 0:
-            (run / "done").touch()
-        elif ended.returncode == -signal.SIGKILL:
-            killed += 1
+        if ended.returncode == -signal.SIGKILL:
             if witness.exists():
                 file = witness.read_text()
                 file = "the run's folder" if file == run.name else re.sub("[0-9a-f]{4,}|[0-9]+", "*", file)
                 self.counts[f"of these, at {file}"] += 1
-        else:
+            return killed + 1, False
+        if ended.returncode != 0:
             self.faults.append(f"{run.name}, {kind}: exit code {ended.returncode}: {ended.stderr[-300:]}")
-            (run / "done").touch()
-        return killed
+        return killed, True
 
-    def _precious(self, run: Path) -> dict[Path, int]:
-        """Return what is paid for, checkpoints and drawn responses, each with the number of its file."""
-        found = [*(run / "checkpoints").glob("step_*"), *(run / "drawn").glob("step_*/*.json")]
-        return {path: path.stat().st_ino for path in found}
+    def _compare_kept(self, run: Path, before: Kept, every: int) -> Kept:
+        """Return the groups that are kept, after a process that found some: all of them are used, none drawn again.
 
-    def _compare_precious(self, run: Path, before: dict[Path, int], kind: str) -> None:
-        """Find what was lost or drawn again: it may leave only for a newer checkpoint or at the end of the run."""
-        checkpoints = train.Run(run).checkpoints()
-        for checkpoint in checkpoints:
-            if (fault := train.damage(checkpoint)) is not None:
-                self.faults.append(f"{run.name}, {kind}: {checkpoint.name}: {fault}")
-        newest = train.step_of(checkpoints[-1]) if checkpoints else -1
-        now = self._precious(run)
-        self.counts["drawn responses that a resume found"] += sum(path.suffix == ".json" for path in before)
-        for path, number in before.items():
-            step = train.step_of(path.parent if path.suffix else path)
-            if now.get(path, number) != number or (path not in now and step >= newest and newest < STEPS):
-                self.faults.append(f"{run.name}, {kind}: {path.name} of step {step} is lost or was made again")
+        A file of groups leaves with the checkpoint that contains the step, or at the end. Until then it only grows,
+        and then it holds exactly what the undisturbed run has drawn.
 
-    def _compare(self, run: Path) -> None:
+        Raises: ValueError.
+        """
+        removed = kept_groups(self.folder / "removed")
+        now = kept_groups(run / "kept")
+        newest = max((int(path.name[5:]) for path in (run / "checkpoints").glob("step_*")), default=-1)
+        for group, responses in before.items():
+            if (now | removed).get(group) != responses:
+                raise ValueError(f"group {group[2]} of {group[0]} was kept and is lost or was drawn again")
+        for file in {group[0] for group in removed} - {group[0] for group in now}:
+            if newest <= int(file[5:11]) < STEPS:
+                raise ValueError(f"{file} was removed before its checkpoint was there")
+            wanted = {group: drawn for group, drawn in self.drawn[every].items() if group[0] == file}
+            found = {group: drawn for group, drawn in removed.items() if group[0] == file}
+            if (found != wanted) if self.exact else (found.keys() != wanted.keys()):
+                raise ValueError(f"{file} has other groups than in the undisturbed run")
+        return now
+
+    def _count_middle(self, kept: Kept, every: int) -> None:
+        """Count a kill that came in the middle of a step, with some of its groups kept."""
+        finished = Counter(group[:2] for group, responses in kept.items() if len(responses) == GROUP_SIZE)
+        wanted = Counter(group[:2] for group in self.drawn[every])
+        for drawing, count in finished.items():
+            if count < wanted[drawing] == PROMPTS:
+                self.counts["killed in the middle of a step"] += 1
+                self.counts["groups kept of these steps, each used by a resume"] += count
+
+    def _compare_checkpoints(self, run: Path, before: dict[str, int]) -> dict[str, int]:
+        """Return the checkpoints, each with its folder's number. One may leave only for newer ones.
+
+        Raises: ValueError.
+        """
+        now = {path.name: path.stat().st_ino for path in (run / "checkpoints").glob("step_*")}
+        for name, number in before.items():
+            if now.get(name, number) != number or (name not in now and sum(newer > name for newer in now) < 2):
+                raise ValueError(f"checkpoint {name} is lost or was made again")
+        return now
+
+    def _compare(self, run: Path, every: int) -> None:
         self.counts["runs to their end"] += 1
         found = result_of(run)
         scores = [(line["step"], line["id"]) for line in data.read_lines(run / "scores.jsonl")]
         if len(scores) != len(set(scores)):
             self.faults.append(f"{run.name}: a score counts twice")
+        logged = [line for line in data.read_lines(run / "rollouts.jsonl") if not line["rescued"]]
+        if len(logged) != GROUP_SIZE * len(scores):
+            self.faults.append(f"{run.name}: {len(logged)} responses are logged of {GROUP_SIZE * len(scores)}")
         if self.exact:
-            self.faults += [f"{run.name}: {name} differs from the undisturbed run" for name in self.expected | found
-                            if self.expected.get(name) != found.get(name)]
+            expected = self.expected[every]
+            self.faults += [f"{run.name}: {name} differs from the undisturbed run" for name in expected | found
+                            if expected.get(name) != found.get(name)]
 
     def report(self) -> str:
         lines = [f"{count:6} {what}" for what, count in sorted(self.counts.items()) if not what.endswith("none")]
@@ -199,7 +275,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         soak, kills = Soak(Path(folder), options.seed, options.engine), 0
         while kills < options.kills and not soak.faults:
-            kills += soak.kill_and_resume(Path(folder) / f"run-{kills}", min(20, options.kills - kills))
+            number = soak.counts["runs to their end"]
+            kills += soak.kill_and_resume(Path(folder) / f"run-{number}", min(20, options.kills - kills),
+                                          EVERY[number % len(EVERY)])
             print(f"{kills} kills, {len(soak.faults)} faults", flush=True)
         print(soak.report())
     sys.exit(len(soak.faults) > 0)

@@ -1,15 +1,14 @@
-"""Load real and broken problem files, encode prompts, and walk the sampler through a resume."""
+"""Load real and broken problem files, encode prompts, walk the sampler through a resume, and cut files short."""
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
-from collections import Counter, defaultdict
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -20,8 +19,8 @@ import pytest
 from pyarrow import parquet
 
 import data
-from data import DataError, ProblemSampler, Sink, WorkedExample
-from polaris_mini import Config, Problem, Rollout
+from data import ProblemSampler, UserError
+from polaris_mini import Common, Config, Problem
 
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
 needs_assets = pytest.mark.skipif(not ASSETS.is_dir(), reason="the shared assets are not here")
@@ -62,10 +61,10 @@ def test_release_files_load_as_they_are(name: str, count: int, first: str) -> No
 @needs_assets
 def test_deepscaler_needs_its_duplicates_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     source = str(ASSETS / "deepscaler_40k.jsonl.gz")
-    with pytest.raises(DataError, match=r"line 46: id is .* line 45: .*--skip-bad-rows"):
+    with pytest.raises(UserError, match=r"line 46: id is .* line 45: .*--skip-bad-rows"):
         data.load_problems(source)
     assert len(data.load_problems(source, skip_bad_rows=True)) == 38642
-    assert "1166 of 39808 rows left out, first: " in capsys.readouterr().err
+    assert "1166 rows left out, first: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("row", "expected"), [
@@ -118,17 +117,18 @@ def test_id_comes_from_the_text_and_not_from_the_place(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------- bad input
 
 GOOD = {"problem": "1+1?", "answer": "2", "id": "good"}
+COLUMNS = r"give problem \(or question\) and answer \(or answers\), or verl's reward_model.ground_truth and prompt"
 BAD_ROWS: list[tuple[object, str]] = [  # the row, what the message says after the place
     ('{"problem": ', "not JSON .* write one object per line"),
     ("[1, 2]", r"is \[1, 2\]: give an object"),
-    ({"text": "1+1?", "answer": "2"}, r"problem or question is missing \(columns: text, answer\): give it"),
-    ({"problem": None, "answer": "2"}, "problem or question is missing"),
-    ({"problem": " \n", "answer": "2"}, r"problem or question is ' \\n': give a text"),
-    ({"problem": ["1+1?"], "answer": "2"}, r"problem or question is \['1\+1\?'\]: give a text"),
-    ('{"problem": "\\ud800", "answer": "2"}', r"problem or question is '\\ud800': give a text"),
-    ({"problem": "1+2?"}, r"answer or answers is missing \(columns: problem\): give it"),
+    ({"text": "1+1?", "answer": "2"}, f"columns are text, answer: {COLUMNS}"),
+    ({"problem": None, "answer": "2"}, f"columns are problem, answer: {COLUMNS}"),
+    ({"problem": " \n", "answer": "2"}, r"problem is ' \\n': give a text"),
+    ({"problem": ["1+1?"], "answer": "2"}, r"problem is \['1\+1\?'\]: give a text"),
+    ('{"problem": "\\ud800", "answer": "2"}', r"problem is '\\ud800': give a text"),
+    ({"problem": "1+2?"}, f"columns are problem: {COLUMNS}"),
     ({"problem": "1+2?", "answer": ""}, "answer is '': give a text or a number"),
-    ({"problem": "1+2?", "answer": []}, r"answer is \[\]: give at least one"),
+    ({"problem": "1+2?", "answer": []}, r"answer is \[\]: give"),
     ({"problem": "1+2?", "answer": ["3", None]}, "answer is None: give"),
     ({"problem": "1+2?", "answer": True}, "answer is True: give"),
     ({"problem": "1+2?", "answer": float("nan")}, "answer is nan: give"),
@@ -136,14 +136,17 @@ BAD_ROWS: list[tuple[object, str]] = [  # the row, what the message says after t
     ({"problem": "1+2?", "answer": "3", "id": "good"}, "id is good, as in .*a.jsonl, line 1: make the ids"),
     ({"problem": "1+2?", "answer": "3", "id": []}, r"id is \[\]: give"),
     ({"problem": "1+2?", "answer": "3", "pass_rate": 1.5}, "pass rate is 1.5: give a share from 0 to 1"),
+    ({"problem": "1+2?", "answer": "3", "pass_rate": "3/8"}, "pass rate is '3/8': give"),
     ({"problem": "1+2?", "answer": "3", "difficulty": "9/8"}, "pass rate is 1.125: give"),
     ({"problem": "1+2?", "answer": "3", "system": ["terse"]}, r"system is \['terse'\]: give a text"),
     (verl_row("2", pass_rate=-1), "pass rate is -1: give"),
-    (verl_row(None), "ground_truth is missing"),
-    (verl_row("2") | {"reward_model": "2"}, "reward_model: is '2': give an object"),
-    (verl_row("2") | {"prompt": "1+1?"}, r"prompt is '1\+1\?': give a list"),
-    (verl_row("2") | {"prompt": [{"role": "user"}]}, r"content is missing \(columns: role\)"),
-    (verl_row("2") | {"prompt": verl_row("2")["prompt"] * 2}, r"turns \['user', 'user'\]: give one user turn"),
+    (verl_row(None), f"columns are prompt, reward_model, extra_info: {COLUMNS}"),
+    (verl_row("2") | {"reward_model": "2"}, f"columns are prompt, reward_model, extra_info: {COLUMNS}"),
+    (verl_row("2") | {"prompt": "1+1?"}, COLUMNS),
+    (verl_row("2") | {"prompt": [{"role": "user"}]}, COLUMNS),
+    (verl_row("2") | {"prompt": [{"role": "user", "content": None}]}, COLUMNS),
+    (verl_row("2") | {"prompt": verl_row("2")["prompt"] * 2}, r"prompt \(a user turn, after at most one system turn\)"),
+    (verl_row("2", question="1+1?", answer="1+1=2") | {"prompt": []}, COLUMNS),  # a text in extra_info is none to use
 ]
 
 
@@ -152,199 +155,265 @@ def test_bad_row_is_named_or_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], row: object, message: str
 ) -> None:
     source = write(tmp_path / "a.jsonl", GOOD, row)
-    with pytest.raises(DataError, match=rf"{re.escape(source)}, line 2.*{message}.*--skip-bad-rows$") as caught:
+    with pytest.raises(UserError, match=rf"{re.escape(source)}, line 2.*{message}.*--skip-bad-rows$") as caught:
         data.load_problems(source)
     assert "\n" not in str(caught.value)
     assert data.load_problems(source, skip_bad_rows=True) == [Problem("good", "1+1?", ("2",))]
     warning = capsys.readouterr().err
-    assert re.match(rf"warning: .*a.jsonl: 1 of 2 rows left out, first: .*line 2.*{message}", warning)
+    assert re.match(rf"warning: .*a.jsonl: 1 rows left out, first: .*line 2.*{message}", warning)
     assert warning.count("\n") == 1
 
 
 def test_same_text_twice_names_both_rows(tmp_path: Path) -> None:
     rows = [{"problem": text, "answer": "2"} for text in ("1+1?", "2?", "1+1?")]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"row 3: id is .* as in .*row 1: .*problem texts.* unique"):
+    with pytest.raises(UserError, match=r"row 3: id is .* as in .*row 1: .*problem texts.* unique"):
         data.load_problems(str(tmp_path / "a.parquet"))
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("problems.jsonl", b"", "problems.jsonl: is empty"),
-    ("problems.json", b"", "problems.json: is empty"),
-    ("problems.json", b"[]", "problems.json: is empty"),
-    ("problems.json", b'{"a": 1}', r"holds {'a': 1}: give a list of objects"),
-    ("problems.json", b'{"a": 1}\n{"a": 2}\n', "not JSON .*rename it to .jsonl"),
-    ("problems.csv", b"a,b\n", "suffix .csv is not known: convert it to one of .jsonl, "),
-    ("problems.parquet", b"PAR1 no", "not parquet .*fetch the file again"),
-    ("problems.jsonl.gz", b"no gzip", "cannot be read .*fetch the file again"),
+    ("problems.jsonl", b"", "problems.jsonl: has no row that can be used: give at least one problem"),
+    ("problems.jsonl", b"\n \n", "problems.jsonl: has no row"),
+    ("problems.json", b"", r"cannot be read \(Expecting value: .*"),
+    ("problems.json", b"[]", "problems.json: has no row"),
+    ("problems.json", b"5", r"cannot be read .*or .json file \(a list\), or a hub data set"),
+    ("problems.json", b'{"a": 1}', "row 1: is 'a': give an object"),
+    ("problems.json", b'{"a": 1}\n{"a": 2}\n', r"cannot be read \(Extra data: line 2 column 1 .*give a .jsonl"),
+    ("problems.csv", b"a,b\n", "line 1: not JSON"),
+    ("problems.parquet", b"PAR1 no", r"cannot be read \(Parquet"),
+    ("problems.jsonl.gz", b"no gzip", r"cannot be read \(Not a gzipped file"),
     ("problems.jsonl.gz", gzip.compress(b'{"problem": "1+1?", "answer": 2}\n', mtime=0)[:-9], "cannot be read"),
     ("problems.jsonl", b"\xff\xfe\n", "line 1: not JSON"),
+    ("problems.jsonl", b"[" * 100_000, "line 1: not JSON"),
 ])  # fmt: skip
 def test_bad_file(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         data.load_problems(str(tmp_path / name))
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_no_usable_row(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none of the 2 rows can be used, first: .*line 1.*answers is missing"):
+def test_no_usable_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"a.jsonl: has no row that can be used"):
         data.load_problems(write(tmp_path / "a.jsonl", {"problem": "1?"}, "{"), skip_bad_rows=True)
+    assert re.search(r"2 rows left out, first: .*a.jsonl, line 1: columns are problem: ", capsys.readouterr().err)
 
 
 def test_missing_source(tmp_path: Path) -> None:
-    write(tmp_path / "train.jsonl", GOOD)
     for source, message in [
-        (f"{tmp_path}/trian.jsonl", "no such file: did you mean train.jsonl?"),
-        (f"{tmp_path}/nothing", "no such file: check the path"),
-        (f"{tmp_path}/no/train.jsonl", f"no folder {tmp_path}/no: check the path"),
-        (f"{tmp_path}", "is a folder: give one of the files in it"),
-        ("nothing", r"^'nothing' is neither a file nor .*: give a file \(.jsonl, .* or owner/name"),
+        (f"{tmp_path}/trian.jsonl", "trian.jsonl: cannot be read .*No such file"),
+        ("no/train.jsonl", "no/train.jsonl: cannot be read .*No such file"),  # not taken for a hub data set
+        ("no/train.parquet", "no/train.parquet: cannot be read .*No such file"),
+        (f"{tmp_path}", "cannot be read .*Is a directory"),
+        ("nothing", r"^nothing: cannot be read .*: give a .jsonl, .* or a hub data set \(owner/name or"),
     ]:
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(UserError, match=message):
             data.load_problems(source)
+
+
+def test_answers_in_json_and_parquet_stay_as_they_are(tmp_path: Path) -> None:
+    """`datasets` would make the numbers 2.5 and 7 of the second and the third, and dates of the last two."""
+    answers = [1, "2.50", "007", "1e3", "2020-01-01", "2020-01-02 00:00:00"]
+    (tmp_path / "a.json").write_text(json.dumps([{"problem": f"{a}?", "answer": a} for a in answers]))
+    assert [p.answers[0] for p in data.load_problems(str(tmp_path / "a.json"))] == [str(answer) for answer in answers]
+    rows = [{"problem": f"{a}?", "answer": str(a)} for a in answers]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert [p.answers[0] for p in data.load_problems(str(tmp_path / "a.parquet"))] == [str(a) for a in answers]
+
+
+def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
+    for name in ("a.json", "a.jsonl"):
+        for answer in ("1", "2"):
+            row = json.dumps({"problem": "?", "answer": answer})
+            (tmp_path / name).write_text(row if name == "a.jsonl" else f"[{row}]")
+            assert data.load_problems(str(tmp_path / name))[0].answers == (answer,)
 
 
 def test_hub_data_set_that_is_not_there() -> None:
     # In a process of its own: the hub library reads HF_HUB_OFFLINE once, at import.
     load = "data.load_problems('nobody/no-such-set:test')"
-    code = f"import data\ntry: {load}\nexcept data.DataError as error: print(error)"
+    code = f"import data\ntry: {load}\nexcept data.UserError as error: print(error)"
     answer = subprocess.run([sys.executable, "-c", code], env={**os.environ, "HF_HUB_OFFLINE": "1"}, text=True,
                             cwd=Path(data.__file__).parent, capture_output=True, check=True)  # fmt: skip
-    assert re.fullmatch("nobody/no-such-set:test: .*cannot be loaded from the hub .*: check name, split .* and "
-                        "connection, or download it.*\n", answer.stdout), answer
+    assert re.fullmatch("nobody/no-such-set:test: cannot be read .*nobody/no-such-set.*: give a .*hub data set .*\n",
+                        answer.stdout), answer  # fmt: skip
+
+
+def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load_dataset(name: str, split: str) -> datasets.Dataset:
+        rows = [{"question": f"{split}?", "answer": 142.0}, {"question": "", "answer": 1.5}]
+        return {"owner/name": datasets.Dataset.from_list(rows)}[name]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match="owner/name, row 2: "):
+        data.load_problems("owner/name")
+    for source, text in [("owner/name", "train?"), ("owner/name:test[:2]", "test[:2]?")]:
+        [problem] = data.load_problems(source, skip_bad_rows=True)
+        assert (problem.text, problem.answers) == (text, ("142",))
+
+
+def test_importing_and_reading_jsonl_stays_light(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", GOOD)
+    code = ("import data, sys; data.load_problems(sys.argv[1])\n"
+            "print({'transformers', 'datasets', 'jinja2', 'torch'} & {*sys.modules})")  # fmt: skip
+    answer = subprocess.run([sys.executable, "-c", code, source], text=True, capture_output=True,
+                            cwd=Path(data.__file__).parent, check=True)  # fmt: skip
+    assert answer.stdout == "set()\n"
 
 
 # ------------------------------------------------- training and held-out problems
 
 
-def test_hold_out_shares_no_text_and_ignores_the_order() -> None:
-    problems = [replace(problem, text=f"  What is\n{i % 50} + 1? ") for i, problem in enumerate(numbered(100))]
-    training, held_out = data.hold_out(problems, 20, seed=1)
+def split(path: Path, problems: list[Problem], **settings: Any) -> tuple[list[Problem], list[Problem]]:
+    rows = [{"id": p.id, "problem": p.text, "answers": p.answers} for p in problems]
+    settings = {"prompts_per_step": 1, "data": write(path / "split.jsonl", *rows)} | settings
+    return data.training_and_held_out(Config(**settings), lambda answers: None)
+
+
+def test_held_out_problems_share_no_text_and_ignore_the_order(tmp_path: Path) -> None:
+    problems = [replace(problem, text=f"What is\n{i % 50}  + 1?") for i, problem in enumerate(numbered(100))]
+    training, held_out = split(tmp_path, problems, eval_problems=20, seed=1)
     assert len(held_out) == 20
-    assert not {problem.text.strip() for problem in training} & {problem.text.strip() for problem in held_out}
+    assert not {problem.text for problem in training} & {problem.text for problem in held_out}
     assert len({problem.text for problem in training}) + len({problem.text for problem in held_out}) == 50
     shuffled = random.Random(0).sample(problems, 100)
-    assert data.hold_out(shuffled, 20, seed=1) == (training, held_out)
-    assert data.hold_out(problems, 20, seed=2)[1] != held_out
+    assert split(tmp_path, shuffled, eval_problems=20, seed=1) == (training, held_out)
+    assert split(tmp_path, problems, eval_problems=20, seed=2)[1] != held_out
 
 
-def test_toy_training_and_held_out_are_disjoint() -> None:
-    training, held_out = data.hold_out(data.toy_problems(2000, seed=0), 128, seed=0)
-    assert (len(training), len(held_out)) == (1872, 128)
-    assert not {problem.text for problem in training} & {problem.text for problem in held_out}
+def test_without_an_evaluation_nothing_is_held_out(tmp_path: Path) -> None:
+    assert split(tmp_path, numbered(9), eval_every=-1) == (numbered(9), [])
+    assert split(tmp_path, numbered(9), eval_every=-1, eval_data="not read") == (numbered(9), [])
 
 
-def test_hold_out_keeps_something_to_train_on() -> None:
-    with pytest.raises(DataError, match="--eval-problems is 5: give less than the 5 problems"):
-        data.hold_out(numbered(5), 5, seed=0)
-    with pytest.raises(DataError, match="every training problem is also in the evaluation"):
-        data.hold_out([replace(problem, text="same") for problem in numbered(5)], 1, seed=0)
+def test_overlap_is_found_despite_suffix_case_and_white_space(tmp_path: Path) -> None:
+    rows = [{"id": "0", "problem": f"What is  1 + 1? {Config.prompt_suffix}", "answer": "2"}]
+    problems = [Problem("a", "what is 1 + 1?", ("2",)), Problem("b", "What is 1 + 11?", ("12",))]
+    training, held_out = split(tmp_path, problems, eval_data=write(tmp_path / "eval.jsonl", *rows))
+    assert training == problems[1:]
+    assert [problem.id for problem in held_out] == ["0"]
 
 
-def test_overlap_is_found_despite_suffix_case_and_white_space() -> None:
-    evaluation = [Problem("0", f"What is  1 + 1? {Config.prompt_suffix}", ("2",))]
-    training = [Problem("a", "what is 1 + 1?\n", ("2",)), Problem("b", "What is 1 + 11?", ("12",))]
-    assert data.remove_overlap(training, evaluation) == training[1:]
+def test_a_batch_must_be_left_to_train_on(tmp_path: Path) -> None:
+    assert len(split(tmp_path, numbered(9), eval_problems=5, prompts_per_step=4)[0]) == 4
+    for problems, settings, message in [
+        (numbered(9), {"eval_problems": 5, "prompts_per_step": 5}, "is 5, but 4 training .* left beside 5 of the"),
+        (numbered(5), {"eval_problems": 5}, "prompts_per_step is 1, but 0 training problems .* --eval-problems"),
+        (numbered(5), {"eval_problems": 99}, "but 0 training problems .* --eval-problems"),
+        ([replace(p, text="same") for p in numbered(5)], {"eval_problems": 1}, "but 0 training problems"),
+        (numbered(5), {"eval_data": f"{tmp_path}/split.jsonl"}, "but 0 training problems .* beside 5 of the"),
+        (numbered(5), {"eval_every": -1, "prompts_per_step": 6}, "is 6, but 5 training problems .* beside 0 of"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            split(tmp_path, problems, **settings)
+
+
+def test_answers_are_checked_in_both_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "a.jsonl", GOOD, {"problem": "2?", "answer": "$$"})
+    other = write(tmp_path / "b.jsonl", {"problem": "3?", "answer": "3"})
+
+    def check(answers: Any) -> str | None:
+        return "answer is $$: give one that can be graded" if answers == ("$$",) else None
+
+    for settings in ({"data": source, "eval_data": other}, {"data": other, "eval_data": source}):
+        config = Config(prompts_per_step=1, **settings)
+        with pytest.raises(UserError, match=r"a.jsonl, line 2: answer is \$\$: .*--skip-bad-rows"):
+            data.training_and_held_out(config, check)
+        both = data.training_and_held_out(replace(config, skip_bad_rows=True), check)
+        assert [len(problems) for problems in both] == [1, 1]
+        assert "a.jsonl: 1 rows left out, first: " in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------- prompts
 
-EXAMPLE = WorkedExample("1 + 2", "1 + 2 = 3\n</think>\n\\boxed{3}")
+TEMPLATE = ("{% for turn in messages %}{{ '<|' + turn.role + '|>' + turn.content + '<|end|>' }}{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% if enable_thinking %}<think>{% endif %}{% endif %}")
 
 
-def decoded_prompt(problem: Problem, tokenizer: Any, **options: Any) -> str:
-    options = {"suffix": "", "max_prompt_tokens": 1024} | options
-    return tokenizer.decode(data.encode_prompts([problem], tokenizer, **options)[0].prompt_tokens)
+def small_tokenizer(template: str | None = TEMPLATE) -> Any:
+    """Make a tokenizer with a token per character."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    vocabulary = {token: number for number, token in enumerate([*special, *map(chr, range(32, 127)), "\n"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r".|\n"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<|pad|>", eos_token="<|end|>", chat_template=template,
+        extra_special_tokens=special[1:4], clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def decoded_prompt(problem: Problem, tokenizer: Any, suffix: str = "") -> str:
+    [encoded] = data.encode_prompts([problem], tokenizer, Common(prompt_suffix=suffix))
+    assert replace(encoded, prompt_tokens=()) == problem
+    return tokenizer.decode(encoded.prompt_tokens)
 
 
 def test_chat_prompt() -> None:
-    problem, toy = Problem("a", "3 + 4", ("7",)), data.toy_tokenizer()
-    assert decoded_prompt(problem, toy) == "<|user|>3 + 4<|end|><|assistant|><think>"
-    assert decoded_prompt(replace(problem, system="8"), toy, examples=[EXAMPLE]) == (
-        "<|user|>8<|end|><|user|>1 + 2<|end|><|assistant|>1 + 2 = 3\n</think>\n\\boxed{3}<|end|>"
-        "<|user|>3 + 4<|end|><|assistant|><think>")
+    problem, tokenizer = Problem("a", "3 + 4?", ("7",)), small_tokenizer()
+    assert decoded_prompt(problem, tokenizer) == "<|user|>3 + 4?<|end|><|assistant|><think>"
+    assert decoded_prompt(replace(problem, system="Add."), tokenizer, "Box it.") == (
+        "<|system|>Add.<|end|><|user|>3 + 4? Box it.<|end|><|assistant|><think>")
+    assert data.encode_prompts([], tokenizer, Common()) == []
 
 
 def test_plain_prompt_with_bos_and_no_eos() -> None:
     from tokenizers import processors
 
-    toy = data.toy_tokenizer()
-    toy.chat_template = data.PLAIN_TEMPLATE
-    rendered = data._render([data._chat("3 + 4?", "Add.", "Box it.", [WorkedExample("1 + 2?", "3")])], toy)
-    assert rendered == ["Add.\n\nProblem: 1 + 2? Box it.\nSolution: 3\n\nProblem: 3 + 4? Box it.\nSolution:"]
-    toy.chat_template = None
-    assert data._render([data._chat("3 + 4?", "Add.", "Box it.", [WorkedExample("1 + 2?", "3")])], toy) == rendered
-
-    problem = Problem("a", "3 + 4", ("7",))
-    plain = data.encode_prompts([problem], toy, suffix="", max_prompt_tokens=99)[0].prompt_tokens
-    toy.add_special_tokens({"bos_token": "<|bos|>"})
-    ends = [("<|bos|>", toy.bos_token_id), ("<|end|>", toy.eos_token_id)]
-    toy.backend_tokenizer.post_processor = processors.TemplateProcessing("<|bos|> $A <|end|>", special_tokens=ends)
-    with_bos = data.encode_prompts([problem], toy, suffix="", max_prompt_tokens=99)[0].prompt_tokens
-    assert with_bos == (toy.bos_token_id, *plain)
-    prompt, response = data.encode_example(WorkedExample("3 + 4", "7"), toy, suffix="")
-    assert tuple(prompt) == with_bos
-    assert response == [*toy(" 7", add_special_tokens=False)["input_ids"], toy.eos_token_id]
+    tokenizer = small_tokenizer(template=None)
+    problem = Problem("a", "3 + 4?", ("7",), system="Add.")
+    text = "Add.\n\nProblem: 3 + 4? Box it.\nSolution:"
+    assert decoded_prompt(problem, tokenizer, "Box it.") == text
+    tokenizer.add_special_tokens({"bos_token": "<|bos|>"})
+    assert decoded_prompt(problem, tokenizer, "Box it.") == text  # has a BOS, but does not use it
+    ends = [("<|bos|>", tokenizer.bos_token_id), ("<|end|>", tokenizer.eos_token_id)]
+    template = processors.TemplateProcessing("<|bos|> $A <|end|>", special_tokens=ends)
+    tokenizer.backend_tokenizer.post_processor = template
+    assert decoded_prompt(problem, tokenizer, "Box it.") == "<|bos|>" + text
+    tokenizer.chat_template = TEMPLATE
+    assert decoded_prompt(replace(problem, system=None), tokenizer) == "<|user|>3 + 4?<|end|><|assistant|><think>"
 
 
 def test_suffix_is_added_once() -> None:
-    def content(text: str, suffix: str) -> str:
-        return data._chat(text, None, suffix, [])[-1]["content"]
-
-    assert content("1?", "Box it.") == content("1? Box it.", "Box it.") == "1? Box it."
-    assert content("1?", "") == "1?"
+    for text, suffix, content in [("1?", "Box it.", "1? Box it."), ("1? Box it.", "Box it.", "1? Box it."),
+                                  ("1?", "", "1?")]:  # fmt: skip
+        assert data.chat(text, None, suffix) == [{"role": "user", "content": content}]
 
 
-def test_long_prompt_is_named_or_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    short, long = Problem("short", "1 + 2", ("3",)), Problem("long", " + ".join(["1"] * 8), ("8",))
-    toy = data.toy_tokenizer()
-    with pytest.raises(DataError, match=r"problem long: the prompt has 19 tokens, more than 18: raise "
-                                        r"--max-prompt-tokens; or .*--skip-bad-rows"):  # fmt: skip
-        data.encode_prompts([short, long], toy, suffix="", max_prompt_tokens=18)
-    assert len(data.encode_prompts([short, long], toy, suffix="", max_prompt_tokens=19)) == 2
-    [kept] = data.encode_prompts([short, long], toy, suffix="", max_prompt_tokens=18, skip_bad_rows=True)
+def test_long_prompts_are_named_or_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {"short": "1", "long": "1 + 1 + 1", "longer": "1" * 20}
+    problems = [Problem(problem_id, text, ("1",)) for problem_id, text in texts.items()]
+    tokenizer = small_tokenizer()
+    longest = len(data.encode_prompts(problems, tokenizer, Common(prompt_suffix=""))[2].prompt_tokens)
+    settings = Common(prompt_suffix="", max_prompt_tokens=longest - 12)
+    message = f"2 of 3 prompts have more than {longest - 12} tokens, that of problem longer {longest}: "
+    with pytest.raises(UserError, match=f"{message}raise --max-prompt-tokens, or .*--skip-bad-rows"):
+        data.encode_prompts(problems, tokenizer, settings)
+    assert len(data.encode_prompts(problems, tokenizer, replace(settings, max_prompt_tokens=longest))) == 3
+    [kept] = data.encode_prompts(problems, tokenizer, replace(settings, skip_bad_rows=True))
     assert kept.id == "short"
-    assert "prompts: 1 of 2 rows left out, first: problem long" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"warning: {message}left out\n"
+    with pytest.raises(UserError, match="3 of 3 prompts"):
+        data.encode_prompts(problems, tokenizer, Common(max_prompt_tokens=1, skip_bad_rows=True))
 
 
 def test_chat_template_that_refuses() -> None:
-    toy = data.toy_tokenizer()
-    toy.chat_template = "{{ raise_exception('System role not supported') }}"
-    with pytest.raises(DataError, match=r"refuses the prompts \(System role not supported\)"):
-        decoded_prompt(Problem("a", "3 + 4", ("7",), system="Add."), toy)
+    tokenizer = small_tokenizer("{{ raise_exception('System role not supported') }}")
+    with pytest.raises(UserError, match=r"refuses the prompts, .* system turn: System role not supported"):
+        decoded_prompt(Problem("a", "3 + 4", ("7",), system="Add."), tokenizer)
 
 
-def test_worked_example_ends_as_the_model_should() -> None:
-    toy = data.toy_tokenizer()
-    prompt, response = data.encode_example(EXAMPLE, toy, suffix="", examples=[EXAMPLE])
-    assert toy.decode(prompt + response) == (
-        "<|user|>1 + 2<|end|><|assistant|>1 + 2 = 3\n</think>\n\\boxed{3}<|end|>"
-        "<|user|>1 + 2<|end|><|assistant|><think>1 + 2 = 3\n</think>\n\\boxed{3}<|end|>")
-    assert response[-1] == toy.eos_token_id
-    # The toy template opens the thought, so an example that brings its own <think> must not open it twice.
-    assert data.encode_example(replace(EXAMPLE, response=f"<think>\n{EXAMPLE.response}"), toy, suffix="")[1] == response
-    toy.eos_token = None
-    with pytest.raises(DataError, match=r"no eos_token.*set it"):
-        data.encode_example(EXAMPLE, toy, suffix="")
-
-
-def test_load_worked_examples(tmp_path: Path) -> None:
-    row = {"problem": "1 + 2 ", "response": "\n3 "}
-    assert data.load_worked_examples(write(tmp_path / "a.jsonl", row)) == [WorkedExample("1 + 2", "\n3 ")]
-    for bad, message in [
-        ({"problem": "1 + 2"}, r"line 2: response is missing \(columns: problem\): give it"),
-        ({"problem": "", "response": "3"}, "line 2: problem is '': give a text"),
-        ("{", "line 2: not JSON"),
-        ("3", "line 2: is 3: give an object"),
-    ]:
-        with pytest.raises(DataError, match=message):
-            data.load_worked_examples(write(tmp_path / "a.jsonl", row, bad))
-    with pytest.raises(DataError, match="is empty"):
-        data.load_worked_examples(write(tmp_path / "a.jsonl"))
-    with pytest.raises(DataError, match=r"did you mean a.jsonl"):
-        data.load_worked_examples(tmp_path / "aa.jsonl")
+def test_thinks() -> None:
+    assert data.thinks(small_tokenizer())
+    assert data.thinks(small_tokenizer({"default": "a", "other": "</think>"}))
+    assert not data.thinks(small_tokenizer("a"))
+    assert not data.thinks(small_tokenizer(None))
 
 
 @pytest.mark.skipif(not TOKENIZERS, reason="no real tokenizer in the shared assets")
@@ -356,12 +425,8 @@ def test_real_tokenizer_encodes_as_its_own_template(folder: Path) -> None:
     problem = Problem("a", "What is $1 + 1$?", ("2",))
     turns = [{"role": "user", "content": f"{problem.text} {Config.prompt_suffix}"}]
     own = tokenizer.apply_chat_template(turns, add_generation_prompt=True, enable_thinking=True)["input_ids"]
-    suffix, example = Config.prompt_suffix, WorkedExample(problem.text, "\\boxed{2}")
-    [encoded] = data.encode_prompts([problem], tokenizer, suffix=suffix, max_prompt_tokens=1024)
+    [encoded] = data.encode_prompts([problem], tokenizer, Common())
     assert encoded.prompt_tokens == tuple(own)
-    prompt, response = data.encode_example(example, tokenizer, suffix=suffix)
-    assert prompt == own
-    assert tokenizer.decode(response) == "\\boxed{2}" + tokenizer.eos_token
     assert data.thinks(tokenizer) == ("think>" in tokenizer.chat_template)
 
 
@@ -418,7 +483,7 @@ def test_state_round_trip_is_exact(steps: int) -> None:
 def test_state_of_other_problems_is_refused() -> None:
     state = ProblemSampler(numbered(11), seed=5).state_dict()
     for others in (numbered(10), numbered(11)[::-1], [replace(problem, text="new") for problem in numbered(11)]):
-        with pytest.raises(DataError, match="not those that this run began with: resume with the same"):
+        with pytest.raises(UserError, match="not those that this run began with: resume with the same"):
             ProblemSampler(others, seed=5).load_state_dict(state)
 
 
@@ -433,217 +498,111 @@ def test_mastered_problems_leave() -> None:
     assert sorted(epoch) == sorted(set(ids(numbered(10))) - {"id1", "id2"})
     assert sampler.remove(["id1", "id2"], at_least=8)  # again, as after a resume: nothing changes
     assert len(sampler) == 8
-    with pytest.raises(DataError, match="--prompts-per-step is 9, but only 8 problems"):
+    with pytest.raises(UserError, match="prompts_per_step is 9, but only 8 problems"):
         sampler.peek(9)
 
 
-# -------------------------------------------------------------------------------- sink
+# ----------------------------------------------------------- files that survive a kill
 
 
-def rollout(problem_id: str, text: str = "") -> Rollout:
-    rng = random.Random(problem_id + text)
-    tokens = [rng.randrange(200_000) for _ in range(20)]
-    return Rollout(problem_id, (1, 2, 3), tokens, [-rng.expovariate(1) for _ in tokens], text, "stop", 1.0, "correct")
+def test_lines_after_a_cut_one(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "log.jsonl"
+    assert list(data.read_lines(path)) == []
+    for cut in ("", '{"ste', "é" * 100_000):  # more than is looked at in one piece
+        with contextlib.suppress(FileNotFoundError), path.open("a") as file:
+            file.write(cut)
+        data.append_lines(path, ({"step": step, "text": "\ud800\n é"} for step in (1, 2)))
+    assert list(data.read_lines(path)) == [{"step": step, "text": "\ud800\n é"} for step in (1, 2)] * 3
+    path.write_text("only a cut line")
+    assert list(data.read_lines(path)) == []
+    data.append_lines(path, [])
+    assert path.read_text() == ""
 
 
-def stored(sink: Sink) -> dict[str, str]:
-    return {problem_id: rollout.text for problem_id, rollout in sink.items()}
+@pytest.mark.parametrize("cut", ["", '{"step": 9'])
+@pytest.mark.parametrize("size", [1, 70_000])  # the lines are shorter and longer than what is looked at in one piece
+def test_forget_lines(tmp_path: Path, cut: str, size: int) -> None:
+    steps = [0, 0, 1, 2, 2, 2, 4]
+    lines = [json.dumps({"step": step, "text": "x" * size}) + "\n" for step in steps]
+    path = tmp_path / "log.jsonl"
+    for last in range(-1, 6):
+        path.write_text("".join(lines) + cut)
+        node = path.stat().st_ino
+        data.forget_lines(path, last)
+        assert path.read_text() == "".join(line for line, step in zip(lines, steps, strict=True) if step <= last)
+        assert path.stat().st_ino == node
+    path.write_text(cut)
+    data.forget_lines(path, 9)
+    assert path.read_text() == ""
+    data.forget_lines(tmp_path / "missing.jsonl", 3)
+    assert os.listdir(tmp_path) == ["log.jsonl"]
 
 
-def test_sink_gives_back_what_was_put_in(tmp_path: Path) -> None:
-    text = "half \ud800, two \ud83d\ude00, \0 \n"
-    odd = Rollout("é", (), [0, 2**31 - 1], [-0.0, -1e-320], text, "length", 0.5, "\udfff")
-    sink = Sink(tmp_path / "sink.db")
-    for item in (odd, rollout("a"), rollout("b", "pending")):
-        assert item.problem_id not in sink
-        sink[item.problem_id] = item
-        assert sink[item.problem_id] == item
-        if item.text != "pending":
-            sink.commit(1)
-            assert sink[item.problem_id] == item
-    assert (len(sink), sorted(sink)) == (3, ["a", "b", "é"])
-    again = Sink(tmp_path / "sink.db")
-    assert dict(again) == {"a": rollout("a"), "é": odd}
-    assert [type(again["a"].prompt_tokens), type(again["a"].response_tokens)] == [tuple, list]
-    with pytest.raises(KeyError):
-        again["b"]
-    with pytest.raises(NotImplementedError, match="by rewind and prune only"):
-        del again["a"]
+def test_forget_lines_reads_only_what_it_forgets(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with path.open("wb") as file:
+        file.seek(10 << 30)  # 10 GiB of zeros, which take no room
+        file.write(b'\n{"step": 1}\n{"step": 2}\n')
+    data.forget_lines(path, 1)
+    assert path.stat().st_size == (10 << 30) + len(b'\n{"step": 1}\n')
 
 
-def test_sink_keeps_the_latest_and_rewinds() -> None:
-    sink = Sink(None)
-    for step in range(1, 6):
-        sink["a"] = rollout("a", f"step {step}")
-        if step % 2 == 0:
-            sink["b"] = rollout("b", f"step {step}")
-        sink.commit(step)
-    sink["a"] = sink["c"] = rollout("a", "pending")
-    assert stored(sink) == {"a": "pending", "b": "step 4", "c": "pending"}
-    sink.rewind(5)
-    assert stored(sink) == {"a": "step 5", "b": "step 4"}
-    sink.rewind(3)
-    assert stored(sink) == {"a": "step 3", "b": "step 2"}
-    sink["a"] = rollout("a", "another step 4")
-    sink.commit(4)
-    assert stored(sink) == {"a": "another step 4", "b": "step 2"}
-    sink.rewind(0)
-    assert stored(sink) == {}
+class Killed(BaseException):
+    pass
 
 
-@pytest.mark.parametrize("oldest", range(7))
-def test_prune_takes_nothing_that_a_rewind_needs(oldest: int) -> None:
-    def filled() -> Sink:
-        sink, rng = Sink(None), random.Random(oldest)
-        for step in range(1, 7):
-            for problem_id in rng.sample("abcdef", 3):
-                sink[problem_id] = rollout(problem_id, f"step {step}")
-            sink.commit(step)
-        return sink
+def kill_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
 
-    for step in range(oldest, 7):
-        pruned, whole = filled(), filled()
-        pruned.prune(oldest)
-        [[rows]] = pruned._database.execute("SELECT count(*) FROM rollouts WHERE step <= ?", (oldest,))
-        for sink in (pruned, whole):
-            sink.rewind(step)
-        assert dict(pruned) == dict(whole)
-        whole.rewind(oldest)
-        assert rows == len(whole)  # one row a problem is left of the steps up to the oldest
+    monkeypatch.setattr(name, killed)
 
 
-def in_a_process(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    code = f"import os, resource, signal, sys\nfrom pathlib import Path\nfrom data import Sink, Rollout\n{code}"
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=Path(data.__file__).parent, text=True,
-                          capture_output=True, check=False)  # fmt: skip
+@pytest.mark.parametrize("moment", ["os.fsync", "os.replace"])
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    path = tmp_path / "folder" / "a.json"
+    data.write_whole(path, "old é")
+    with monkeypatch.context() as patch:
+        kill_at(patch, moment)
+        with pytest.raises(Killed):
+            data.write_whole(path, "new")
+    assert path.read_text(encoding="utf-8") == "old é"
+    data.write_whole(path, "new")
+    assert path.read_text() == "new"
+    assert os.listdir(path.parent) == ["a.json"]
 
 
-def test_killed_process_loses_its_last_step_at_most(tmp_path: Path) -> None:
-    code = """
-class Deadly:
-    def __iter__(self):
-        os.kill(os.getpid(), signal.SIGKILL)
-sink = Sink(Path(sys.argv[1]))
-for step in (1, 2, 3):
-    for i in range(50):  # by then step 3 is written in part: it is more than the cache holds
-        tokens = Deadly() if (step, i) == (3, 40) else [step] * 15000
-        sink[f"{i}"] = Rollout(f"{i}", (), tokens, [0.0] * 15000, f"step {step}", "stop")
-    sink.commit(step)
-"""
-    assert in_a_process(code, tmp_path / "sink.db").returncode == -signal.SIGKILL
-    assert Path(f"{tmp_path}/sink.db-journal").stat().st_size > 0  # the kill was in the middle of a transaction
-    sink = Sink(tmp_path / "sink.db")
-    assert stored(sink) == {str(i): "step 2" for i in range(50)}
-    sink["0"] = rollout("0", "step 3")
-    sink.commit(3)
-    sink.rewind(1)
-    assert set(stored(sink).values()) == {"step 1"}
+@pytest.mark.parametrize("moment", ["os.fsync", "os.replace"])
+def test_a_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    folder = tmp_path / "checkpoints" / "step_1"
+
+    def write_folder(text: str) -> None:
+        with data.written_whole(folder) as beside:
+            assert list(beside.iterdir()) == []
+            (beside / "part").mkdir()
+            (beside / "part" / "weights").write_text(text)
+
+    for untidied in (False, True):  # a kill leaves what an error tidies up
+        with monkeypatch.context() as patch:
+            kill_at(patch, moment)
+            if untidied:
+                patch.setattr("shutil.rmtree", lambda *_, **__: None)
+            with pytest.raises(Killed):
+                write_folder("in part")
+        assert os.listdir(folder.parent) == [".step_1.unfinished"] * untidied
+    write_folder("whole")
+    assert [path.name for path in folder.parent.rglob("*")] == ["step_1", "part", "weights"]
+    assert (folder / "part" / "weights").read_text() == "whole"
 
 
-def test_sink_needs_little_memory(tmp_path: Path) -> None:
-    code = """
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
-sink, before = Sink(Path(sys.argv[1])), peak()
-for i in range(300):
-    sink[f"{i}"] = Rollout(f"{i}", (), list(range(i, i + 15000)), [-j / 7 for j in range(15000)], "x" * 40000, "stop")
-    if i % 10 == 9:
-        sink.commit(i)
-assert len(sink) == 300 and sum(sink[f"{i}"].response_tokens[1] == i + 1 for i in range(300)) == 300
-sink.prune(300)
-print(peak() - before)
-"""
-    grown = in_a_process(code, tmp_path / "sink.db")
-    assert (tmp_path / "sink.db").stat().st_size > 300 * 15000 * 12
-    assert float(grown.stdout) < 40, grown.stderr
-
-
-def test_sink_that_cannot_be_used(tmp_path: Path) -> None:
-    (tmp_path / "sink.db").write_text("no database, but a text of some length" * 100)
-    for path in (tmp_path / "sink.db", tmp_path / "no" / "sink.db"):
-        with pytest.raises(DataError, match=rf"{path}: cannot be used \(.*\): check the folder .* delete the file"):
-            Sink(path)
-
-
-# ----------------------------------------------------------------------- the toy world
-
-
-def test_toy_problems_are_sums() -> None:
-    problems = data.toy_problems(2000, seed=0)
-    assert problems == data.toy_problems(2000, seed=0) != data.toy_problems(2000, seed=1)
-    assert len({problem.text for problem in problems}) == 2000
-    for problem in problems:
-        terms = [int(term) for term in problem.text.split(" + ")]
-        assert problem.answers == (str(sum(terms)),)
-        assert problem.id == problem.text
-        assert 1 <= min(terms) <= max(terms) <= 12
-    lengths = Counter(problem.text.count(" + ") + 1 for problem in problems)
-    assert set(lengths) == set(data.TOY_TERMS["toy"])
-    assert all(100 < count < 400 for count in lengths.values())
-
-
-def test_toy_response_without_habits_is_right_and_adds_one_term_a_line() -> None:
-    for problem in data.toy_problems(200, seed=0):
-        response = data.toy_response(problem, None)
-        assert response.endswith(f"</think>\n\\boxed{{{problem.answers[0]}}}")
-        assert response.count(" = ") == problem.text.count(" + ")
-
-
-def test_toy_response_errs_by_habit_and_carries_on() -> None:
-    rng = random.Random(0)
-    slips: dict[tuple[int, int], Counter[int]] = defaultdict(Counter)  # last digit and term -> slip -> how often
-    hasty = lines = 0
-    for problem in data.toy_problems(4000, seed=0):
-        response = data.toy_response(problem, rng)
-        added = []
-        total = int(problem.text.split(" + ")[0])
-        for line in response.split("\n")[:-2]:
-            left, result = line.split(" = ")
-            first, *terms = map(int, left.split(" + "))
-            assert first == total  # the chain goes on from a wrong value
-            added += terms
-            lines, hasty = lines + 1, hasty + (len(terms) > 1)
-            if len(terms) == 1:
-                slips[total % 10, terms[0]][int(result) - total - terms[0]] += 1
-            total = int(result)
-        assert added == [int(term) for term in problem.text.split(" + ")[1:]]
-        assert response.endswith(f"\\boxed{{{total}}}")
-    assert len(slips) == 120
-    assert all(len(found) <= 2 for found in slips.values())  # right, or always the same slip
-    hard = [found for found in slips.values() if found.total() > found[0]]
-    assert 0.2 < len(hard) / len(slips) < 0.4
-    for found in hard:
-        if found.total() > 150 and -10 not in found:  # a slip of -10 is not made where it leads below 1
-            assert found.total() - found[0] == pytest.approx(data.TOY_WRONG * found.total(), rel=0.2)
-    assert hasty / lines == pytest.approx(data.TOY_HASTE, abs=0.05)
-
-
-def test_toy_tokenizer_is_exact_and_survives_saving(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    toy, rng = data.toy_tokenizer(), random.Random(0)
-    toy.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert len(toy) == len(loaded) == 22
-    assert toy.tokenize("12 + 3 = 15\n</think>\n\\boxed{15}") == [
-        "1", "2", " + ", "3", " = ", "1", "5", "\n", "</think>", "\n", "\\boxed{", "1", "5", "}"]  # fmt: skip
-    for problem in data.toy_problems(100, seed=0):
-        text = f"<|user|>{problem.text}<|end|><|assistant|><think>{data.toy_response(problem, rng)}<|end|>"
-        for tokenizer in (toy, loaded):
-            tokens = tokenizer(text)["input_ids"]
-            assert tokens == toy(text)["input_ids"]
-            assert "<|unk|>" not in tokenizer.convert_ids_to_tokens(tokens)
-            assert tokenizer.decode(tokens) == text
-    assert loaded.chat_template == toy.chat_template
-    assert (loaded.eos_token, loaded.pad_token) == ("<|end|>", "<|pad|>")
-    assert data.thinks(loaded)
-
-
-def test_toy_tokenizer_shows_what_it_does_not_know(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    toy = data.toy_tokenizer()
-    toy.save_pretrained(tmp_path)
-    for tokenizer in (toy, AutoTokenizer.from_pretrained(tmp_path)):
-        for text, shown in [("1é2", "1<|unk|>2"), ("1+2", "1<|unk|>2"), ("1\r\n", "1<|unk|>\n"), ("a ", "<|unk|>" * 2)]:
-            tokens = tokenizer(text)["input_ids"]
-            assert tokenizer.decode(tokens, skip_special_tokens=True) == shown
+def test_a_folder_goes_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "step_1"
+    for killed in (True, False):
+        with data.written_whole(folder) as beside:
+            (beside / "weights").write_text("5")
+        with monkeypatch.context() as patch:
+            if killed:
+                kill_at(patch, "shutil.rmtree")
+            with contextlib.suppress(Killed):
+                data.remove_whole(folder)
+        assert os.listdir(tmp_path) == [".step_1.unfinished"] * killed

@@ -8,18 +8,21 @@ import contextlib
 import gc
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from conftest import perturb
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-import data
 import plan
+import toy
 import train
 from polaris_mini import Config, Group, Problem, Rollout
-from rollout import HFEngine, Sampling, VLLMEngine
+from rollout import HFEngine, Sampling, VLLMEngine, load_policy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = torch.device("cuda")
@@ -41,10 +44,8 @@ def saved_model(folder: Path, sizes: dict[str, int]) -> Path:
 
 @contextlib.contextmanager
 def policy_and_engine(folder: Path, config: Config, max_tokens: int):
-    policy = train.load_policy(config, str(folder), None, DEVICE)
-    engine = VLLMEngine(str(folder), data.toy_tokenizer(), config, max_tokens=max_tokens, weights="policy",
-                        reserved_bytes=train.optimizer_bytes(policy, config),
-                        offload=policy if config.offload_policy else None)
+    policy = load_policy(replace(config, model=str(folder)))
+    engine = VLLMEngine(str(folder), toy.toy_tokenizer(), config, max_tokens, policy=policy)
     with contextlib.closing(engine):
         yield policy, engine
     del policy
@@ -69,11 +70,26 @@ def groups_of(engine: HFEngine | VLLMEngine, given: list[list[int]], count: int,
 
 def differences(policy: torch.nn.Module, groups: list[Group], temperature: float, config: Config) -> torch.Tensor:
     """Return trainer - sampler log-prob of every token."""
-    rows = [row.to(DEVICE) for row in train.pack([(r, 1) for group in groups for r in group.rollouts], 4096)]
-    return torch.cat([train.token_logprobs(policy, row, temperature, config)[0] - row.sampler_logprobs for row in rows])
+    rows = train.pack([(r, 1) for group in groups for r in group.rollouts], 4096)
+    with torch.no_grad():
+        found = [train.forward_row(policy, row.to(DEVICE), temperature, config)[1] for row in rows]
+    return torch.cat(found) - torch.cat([row.sampler_logprobs for row in rows]).to(DEVICE)
 
 
-@pytest.mark.parametrize("attention", ["varlen", "flash_attn", "flex"])
+def run_of(policy: torch.nn.Module, config: Config) -> Any:
+    """Return what of a run an update uses."""
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=config.dtype == "float16")
+    return SimpleNamespace(policy=policy, config=config, optimizer=train.make_optimizer(policy, config), scaler=scaler,
+                           state=SimpleNamespace(temperature=1.0))  # fmt: skip
+
+
+def taken_gib() -> float:
+    """Return what is taken of the GPU's memory, by PyTorch's cache and vLLM too."""
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**30
+
+
+@pytest.mark.parametrize("attention", ["varlen", "flash_attn"])
 def test_attention_agrees_with_sdpa_forward_and_backward(attention):
     if attention == "flash_attn":
         pytest.importorskip("flash_attn")
@@ -84,7 +100,7 @@ def test_attention_agrees_with_sdpa_forward_and_backward(attention):
               for h in (16, 8, 8)]  # fmt: skip
     found = []
     for kind in ("sdpa", attention):
-        output = train.attention_over(row, kind)(*leaves, 0.09)
+        output = train.packed_attention(torch.nn.Module(), *leaves, None, scaling=0.09, row=row, kind=kind)[0]
         found.append([output, *torch.autograd.grad(output.float().square().sum(), leaves)])
     for ours, theirs in zip(*found, strict=True):
         assert ((ours - theirs).float().norm() / theirs.float().norm()).item() < 0.01
@@ -103,8 +119,8 @@ def test_logprobs_of_engine_and_trainer_agree_within_rounding(tmp_path, engine_n
         if engine_name == "vllm":
             policy, engine = stack.enter_context(policy_and_engine(folder, config, 512))
         else:
-            policy = train.load_policy(config, str(folder), None, DEVICE)
-            engine = HFEngine(policy, data.toy_tokenizer(), config)
+            policy = load_policy(replace(config, model=str(folder)))
+            engine = HFEngine(policy, toy.toy_tokenizer(), config)
         before = None
         for _ in range(2):
             engine.wake(policy)
@@ -125,18 +141,18 @@ def test_sleep_frees_weights_and_cache_and_wake_brings_them_back(tmp_path):
     pytest.importorskip("vllm")
     config = Config(rollouts_per_batch=64)
     with policy_and_engine(saved_model(tmp_path, SMALL), config, 2048) as (policy, engine):
-        asleep = train.memory_gib()
+        asleep = taken_gib()
         for _ in range(3):
             start = time.perf_counter()
             engine.wake(policy)
-            seconds, awake = time.perf_counter() - start, train.memory_gib()
+            seconds, awake = time.perf_counter() - start, taken_gib()
             assert len(groups_of(engine, prompts(4), 2, Sampling(1.0, 16, seed=0))) == 4
             engine.sleep()
-            print(f"\nawake {awake:.2f} GiB, asleep {train.memory_gib():.2f} GiB, wake with sync {seconds:.2f} s")
+            print(f"\nawake {awake:.2f} GiB, asleep {taken_gib():.2f} GiB, wake with sync {seconds:.2f} s")
             weights = sum(p.numel() for p in policy.parameters()) * 2 / 2**30
             cache = 2 * 8 * 8 * 128 * 2 * (2048 + 128) * 64 / 2**30
-            assert awake - train.memory_gib() > 0.9 * (weights + cache)
-            assert train.memory_gib() < asleep + 0.3
+            assert awake - taken_gib() > 0.9 * (weights + cache)
+            assert taken_gib() < asleep + 0.3
 
 
 def test_offloaded_policy_leaves_the_gpu_while_the_engine_is_awake_and_comes_back(tmp_path):
@@ -156,14 +172,13 @@ def test_planned_memory_is_within_a_tenth_of_what_an_update_takes(tmp_path):
     sizes = {**QWEN3_1_7B, "hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32,
              "intermediate_size": 9728}
     config = Config(model=str(saved_model(tmp_path, sizes)), lora_rank=32, gradient_checkpointing=True,
-                    mlp_chunk_tokens=4096, max_prompt_tokens=64, max_response_tokens=8129, tokens_per_micro_batch=8192)
+                    max_prompt_tokens=64, max_response_tokens=8129, tokens_per_micro_batch=8192)
     planned = plan.plan_memory(config, 80 * plan.GIB).peak("log-probs", "backward") - plan.CUDA_CONTEXT
-    policy = train.load_policy(config, config.model, None, DEVICE)
-    optimizer, scaler = train.make_optimizer(policy, config), train.loss_scaler(config, DEVICE)
+    run = run_of(load_policy(config), config)
     rollouts = [Rollout("p", p, [7] * 8129, [-11.9] * 8129, "", "length", advantage=1.0) for p in prompts(2)]
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()
-        train.update_policy(policy, optimizer, scaler, [Group(Problem("p", "", ("1",)), rollouts)], 1.0, config)
+        train.update_policy(run, [Group(Problem("p", "", ("1",)), rollouts)])
     measured = torch.cuda.max_memory_allocated()
     print(f"\nplanned {planned / plan.GIB:.2f}, measured {measured / plan.GIB:.2f} GiB")
     assert planned == pytest.approx(measured, rel=0.1)
@@ -176,19 +191,19 @@ def test_a_1_7b_model_trains_two_steps(tmp_path, settings):
     config = Config(rollouts_per_batch=64, tokens_per_micro_batch=8192, gradient_checkpointing=True, engine="vllm",
                     **settings)
     with policy_and_engine(saved_model(tmp_path, QWEN3_1_7B), config, 1200) as (policy, engine):
-        optimizer, scaler = train.make_optimizer(policy, config), train.loss_scaler(config, DEVICE)
+        run = run_of(policy, config)
         for step in range(2):
-            clock = train.Clock()
-            with clock("sync"):
+            metrics: dict[str, Any] = {}
+            with train.timed("sync", metrics):
                 engine.wake(policy)
-            with clock("rollout"):
+            with train.timed("rollout", metrics):
                 groups = groups_of(engine, prompts(8), 8, Sampling(1.0, 1024, seed=step))
             engine.sleep()
-            with clock("update"):
-                update = train.update_policy(policy, optimizer, scaler, groups, 1.0, config)
+            with train.timed("update", metrics):
+                update = train.update_policy(run, groups)
                 torch.cuda.synchronize()
             tokens = sum(len(r.response_tokens) for group in groups for r in group.rollouts)
-            print(f"\nstep {step}: {tokens} tokens; seconds {dict(clock.seconds)}; GiB {dict(clock.memory)}; {update}")
-            assert update.grad_norm > 0
-            assert update.mismatch_kl < 0.01
-            assert update.ratio_mean == pytest.approx(1.0, abs=0.02)
+            print(f"\nstep {step}: {tokens} tokens; {metrics}; {update}")
+            assert update["optim/grad_norm"] > 0
+            assert update["mismatch/kl"] < 0.01
+            assert update["mismatch/ratio_mean"] == pytest.approx(1.0, abs=0.02)

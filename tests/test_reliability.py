@@ -1,28 +1,29 @@
-"""Faults made on purpose: kills, signals, a full disk, a clock that jumps, gradients that are not finite, no memory."""
+"""Faults made on purpose: kills, signals, a full disk, damaged files, gradients that are not finite."""
 from __future__ import annotations
 
 import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
 import time
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import lines, random_rollouts, tiny_model
+from conftest import lines
 from fast_start import Faults, Script
-from soak import Soak, result_of
+from soak import EVERY, Soak, kept_groups, result_of
 
-import data
+import rollout
 import train
-from polaris_mini import Config, Group, Problem
-from rollout import EngineError, HFEngine, OutOfMemory, Sampling, generate_once
-from train import pack, within_memory
+from data import UserError
 
 ENDLESS = ["--stages", "10000:1.0:10", "--eval-every", "-1"]
+SHORT = ["--stages", "1:auto:10", "2:1.1:14", "--probe-temperatures", "0.8,1.2", "--checkpoint-every", "2"]
+STEPS = 3
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +31,60 @@ def soak(tmp_path_factory) -> Soak:
     return Soak(tmp_path_factory.mktemp("soak"), seed=3)
 
 
-def finished_after(soak: Soak, run: Path) -> dict[str, object]:
-    ended = soak.start(run).wait()
-    assert ended.returncode == 0, ended.stderr
-    return result_of(run)
+@pytest.fixture(scope="module")
+def begin(soak):
+    """Return what trains in this process: a new run with these options, or a resumed one, to its end.
+
+    Signals have their default actions before it starts, even where the tests have been started with some ignored.
+    """
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL,
+                signal.SIGHUP: signal.SIG_DFL}
+
+    def call(run: Path, *options: object, ignored: int = 0) -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_IGN if number == ignored else handler)
+        start = ["--resume", run] if run.exists() else [*soak.options, "--run-dir", run]
+        with contextlib.chdir(soak.folder):
+            train.main([str(argument) for argument in (*start, *options)])
+
+    before = {number: signal.getsignal(number) for number in handlers}
+    yield call
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
-def has_steps(run: Path) -> bool:
-    path = run / "metrics.jsonl"
-    return path.exists() and path.stat().st_size > 0
+@pytest.fixture(scope="module")
+def finished(begin, soak) -> Path:
+    """A short run that nothing disturbed."""
+    run = soak.folder / "finished"
+    begin(run, *SHORT)
+    return run
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    """The same run when its last step had not begun."""
+    run = tmp_path / "copy"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "checkpoints" / f"step_{STEPS:06d}")
+    return run
+
+
+def notes(run: Path, beginning: str) -> list[str]:
+    return [line for line in (run / "log.txt").read_text().splitlines() if line.startswith(beginning)]
+
+
+def moments_until_a_step(run: Path, process: Script) -> Iterator[None]:
+    end = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+        yield
+
+
+def checkpoints(run: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").iterdir())
 
 
 # ------------------------------------------------------------------------ kill anything
@@ -46,73 +92,185 @@ def has_steps(run: Path) -> bool:
 
 def test_soak_in_short(soak):
     """`python tests/soak.py` at length: docs/reliability.md."""
-    kills = 0
-    while kills < 12:
-        kills += soak.kill_and_resume(soak.folder / f"run-{kills}", 12 - kills)
+    for every in EVERY:
+        kills = runs = 0
+        while kills < 6:
+            kills += soak.kill_and_resume(soak.folder / f"run-{every}-{runs}", 6 - kills, every)
+            runs += 1
     assert not soak.faults, soak.report()
+    logs = [{name: result[name] for name in result if name.endswith(".jsonl") and "/" not in name}
+            for result in soak.expected.values()]
+    assert logs[0] == logs[1]  # how often a checkpoint is saved changes nothing
 
 
-@pytest.mark.parametrize("operation", range(1, 8))
-def test_killed_while_the_folder_is_made(soak, operation, tmp_path):
+@pytest.mark.parametrize("operation", [1, 2, 4, 6])
+def test_killed_while_the_folder_is_made(soak, begin, operation, tmp_path):
     """--resume works from the moment on at which there is a folder of that name."""
-    run = tmp_path / "new"
+    run, options = tmp_path / "new", ["--steps", 1, "--eval-every", "-1"]
     faults = Faults(kill_at=operation, folder=str(tmp_path), witness=str(soak.folder / "witness"))
-    assert soak.start(run, faults).wait().returncode == -signal.SIGKILL
-    process = soak.start(run)
-    while not has_steps(run):
-        assert process.poll() is None, process.wait().stderr
-        time.sleep(0.02)
-    process.kill()
+    process = Script([*soak.options, *options, "--run-dir", run], soak.environment, cwd=soak.folder, faults=faults)
+    assert process.wait().returncode == -signal.SIGKILL
+    begin(run, *([] if run.exists() else options))
+    assert checkpoints(run) == [1]
 
 
-def test_responses_are_generated_once(tmp_path):
-    config = Config(dtype="float32", rollouts_per_batch=3)
-    engine = HFEngine(tiny_model("qwen3", tied=True), data.toy_tokenizer(), config)
-    asked = [(4, 5), (6,), (7, 8, 9)], 2, Sampling(1.0, 6, seed=5)
-    first = list(generate_once(engine, *asked, None, tmp_path))
-    assert list(generate_once(None, *asked, None, tmp_path)) == first  # from the folder: there is no engine
-    assert list(generate_once(engine, *asked, None, None)) == first
-    for other in ([(4, 5)], *asked[1:]), (asked[0], 3, asked[2]), (*asked[:2], replace(asked[2], temperature=0.9)):
-        with pytest.raises(AttributeError):
-            list(generate_once(None, *other, None, tmp_path))
+def test_a_kill_between_the_last_checkpoint_and_the_end_leaves_no_more_behind(finished, begin, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for name in ("step_000001", ".step_000000.unfinished"):
+        shutil.copytree(run / "checkpoints" / "step_000002", run / "checkpoints" / name)
+    (run / "kept").mkdir()
+    (run / "kept" / "step_000002.rank0.jsonl").touch()
+    begin(run)
+    assert result_of(run) == result_of(finished)
 
 
-def test_a_resume_with_other_settings_draws_later_steps_anew(soak):
-    """They come from another policy then; only those of the checkpoint's very policy are the same."""
-    run = train.Run(soak.folder / "made-up")
-    for step in (2, 3, 4, 7):
-        data.write_whole(run.drawn(step) / "a.json", "[]")
-    run.forget_drawn(3, changed=False)
-    assert [folder.name for folder in sorted((run.folder / "drawn").iterdir())] == [
-        "step_000003", "step_000004", "step_000007"]
-    run.forget_drawn(3, changed=True)
-    assert [folder.name for folder in (run.folder / "drawn").iterdir()] == ["step_000003"]
-    data.write_whole(run.drawn(6) / "a.json", "[]")
-    run.forget_drawn(4, changed=False)  # steps between are missing: they may come out otherwise
-    assert not list((run.folder / "drawn").iterdir())
+def test_kept_groups_are_used_unless_the_step_would_draw_otherwise(soak, copy, begin, monkeypatch):
+    """A response that was changed in its file shows that the step took it from there."""
+    keep = rollout.append_lines
+
+    def append(path, lines):
+        keep(path, lines)
+        if path.parent.name == "kept" and len(path.read_text().splitlines()) == 3:
+            raise SystemExit("as if killed")
+
+    monkeypatch.setattr(rollout, "append_lines", append)
+    with pytest.raises(SystemExit):
+        begin(copy)
+    monkeypatch.undo()
+    (path,) = (copy / "kept").iterdir()
+    kept = lines(path)
+    assert len(kept) == 3
+    kept[1]["responses"][2] = [[8, 8, 8, 3], [-1.0] * 4, "stop"]  # 222 and the end
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept) + '{"key": "cut o')
+    other = copy.with_name("other")
+    shutil.copytree(copy, other)
+    begin(copy)
+    begin(other, "--rollouts-per-batch", 7)
+    drawn, drawn_otherwise = ([r["response"] for r in lines(run / "rollouts.jsonl")
+                               if r["step"] == STEPS and not r["rescued"]]
+                              for run in (copy, other))
+    assert drawn.count("222") == 1
+    assert drawn_otherwise.count("222") == 0
+    assert len(drawn) == len(drawn_otherwise) == 24
+    assert not (copy / "kept").exists()
 
 
-# ------------------------------------------------------- signals, the disk, the clock
+def test_a_sink_that_a_resume_goes_on_with_lends_what_it_lent_before(soak, begin, monkeypatch, tmp_path):
+    """Eight problems, four a step, a checkpoint after every fifth step, and a kill in between."""
+    def sinks(run):
+        return {path.name: path.read_bytes() for path in (run / "sink").iterdir()}
+
+    options = ["--eval-problems", 16, "--prompts-per-step", 4, "--group-size", 2, "--checkpoint-every", 5,
+               "--stages", "10:1.0:6", "--eval-every", 10]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    begin(straight, *options)
+    advance = train.log_step
+
+    def log_step(run, *others):
+        advance(run, *others)
+        if run.state.step == 8:
+            found.update(sinks(run.folder))
+            raise SystemExit("as if killed")
+
+    found: dict[str, bytes] = {}
+    monkeypatch.setattr(train, "log_step", log_step)
+    with pytest.raises(SystemExit):
+        begin(killed, *options)
+    monkeypatch.undo()
+    assert checkpoints(killed) == [5]
+    borrowed = [r for r in lines(straight / "rollouts.jsonl") if r["rescued"] and 6 <= r["step"] <= 8]
+    assert borrowed
+    assert found != sinks(straight)  # steps 6 to 10 have changed it
+    begin(killed)
+    assert result_of(killed) == result_of(straight)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_and_says_how_to_go_on(soak, number):
-    run = soak.folder / f"signal-{number}"
-    process = soak.start(run)
-    while not list(run.glob("drawn/step_00000[1-9]/*.json")):
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(number)
-    ended = process.wait()
-    assert ended.returncode == (0 if number == signal.SIGINT else 128 + number)
-    assert ended.stdout.splitlines()[-1] == f"go on with: python train.py --resume {run}"
-    assert ended.stderr == ""
-    step = len(lines(run / "metrics.jsonl"))
-    assert (run / "checkpoints" / f"step_{step:06d}").is_dir()
-    found = finished_after(soak, run)
-    assert {name for name in soak.expected if found.get(name) != soak.expected[name]} <= {
-        "evaluations.jsonl", "metrics.jsonl",  # the dropped evaluation
-        *(name for name in soak.expected if "step_" in name and name not in found)}  # the best evaluation's
+# ------------------------------------------------------------------------------ signals
+
+
+def interrupt_at(monkeypatch, run: Path, place: str, number: int) -> None:
+    """Let a signal come at the first call of a function in the second step of a run; `place` is module:function."""
+    module, name = (train if place.startswith("train") else rollout), place.partition(":")[2]
+    real = getattr(module, name)
+    called = []
+
+    def call(*arguments, **named):
+        result = real(*arguments, **named)
+        log = run / "metrics.jsonl"
+        if log.exists() and len(lines(log)) == 1 and not called:
+            called.append(name)
+            signal.raise_signal(number)
+        return result
+
+    monkeypatch.setattr(module, name, call)
+
+
+@pytest.mark.parametrize(("number", "place", "completed"), [
+    (signal.SIGINT, "rollout:append_lines", 1), (signal.SIGTERM, "rollout:append_lines", 1),
+    (signal.SIGHUP, "rollout:append_lines", 1), (signal.SIGINT, "train:set_rewards", 2),
+    (signal.SIGTERM, "train:update_policy", 2),
+])
+def test_a_signal_ends_drawing_at_once_and_from_grading_on_the_step_comes_first(
+    begin, finished, monkeypatch, capsys, tmp_path, number, place, completed
+):
+    run = tmp_path / "run"
+    interrupt_at(monkeypatch, run, place, number)
+    with pytest.raises(SystemExit) as ended:
+        begin(run, *SHORT)
+    monkeypatch.undo()
+    assert ended.value.code == (0 if number == signal.SIGINT else 128 + number)
+    assert capsys.readouterr().out.splitlines()[-1] == notes(run, "stopped")[-1] == (
+        f"stopped after step {completed}; go on with: python train.py --resume {run}")
+    assert len(lines(run / "metrics.jsonl")) == completed
+    assert checkpoints(run) == [completed]
+    assert bool(kept_groups(run / "kept")) == (completed == 1)
+    begin(run)
+    wanted, found = result_of(finished), result_of(run)
+    differing = {name for name in wanted if found.get(name) != wanted[name]}
+    assert differing <= {"checkpoints/step_000002/sink.jsonl"}  # there is a checkpoint more, which has some of it
+
+
+def test_a_signal_right_after_a_probe_does_not_lose_it(begin, finished, monkeypatch, tmp_path):
+    run = tmp_path / "run"
+    real = train.Run.note
+
+    def note(self, text):
+        real(self, text)
+        if text.startswith("stage 1: temperature"):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train.Run, "note", note)
+    with pytest.raises(SystemExit):
+        begin(run, *SHORT)
+    monkeypatch.undo()
+    assert checkpoints(run) == [0]
+    begin(run)
+    assert lines(run / "probes.jsonl") == lines(finished / "probes.jsonl")
+
+
+def test_a_second_signal_ends_at_once(begin, monkeypatch, tmp_path):
+    run = tmp_path / "run"
+
+    def set_rewards(*_):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # the same one: many send it to the process and to its group
+        time.sleep(1.1)
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(train, "set_rewards", set_rewards)
+    with pytest.raises(SystemExit) as ended:
+        begin(run, *SHORT, "--eval-every", "-1", "--temperature", 1)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert not (run / "checkpoints").exists()
+
+
+def test_a_signal_that_nohup_ignores_ends_nothing(begin, finished, monkeypatch, tmp_path):
+    run = tmp_path / "run"
+    interrupt_at(monkeypatch, run, "rollout:append_lines", signal.SIGHUP)
+    begin(run, *SHORT, ignored=signal.SIGHUP)
+    assert result_of(run) == result_of(finished)
 
 
 def test_closed_terminal_saves(soak):
@@ -122,242 +280,146 @@ def test_closed_terminal_saves(soak):
                      terminal=os.ttyname(slave))
     os.close(slave)
     os.set_blocking(terminal, False)
-    while not has_steps(run):
-        assert process.poll() is None
-        time.sleep(0.02)
+    for _ in moments_until_a_step(run, process):
         with contextlib.suppress(BlockingIOError):
             os.read(terminal, 1 << 16)  # a terminal that nobody reads would stop the writer
     os.close(terminal)
     assert process.wait(60).returncode == 128 + signal.SIGHUP
-    assert (run / "log.txt").read_text().splitlines()[-1] == f"go on with: python train.py --resume {run}"
-    step = len(lines(run / "metrics.jsonl"))
-    assert (run / "checkpoints" / f"step_{step:06d}").is_dir()
+    (note,) = notes(run, "stopped")
+    assert note.endswith(f"go on with: python train.py --resume {run}")
+    assert checkpoints(run)[-1] == len(lines(run / "metrics.jsonl"))
 
 
-@pytest.mark.parametrize("size", [1_000, 3_000, 20_000, 60_000, 150_000])
-def test_disk_that_is_full_leaves_the_run_intact(soak, size):
-    """Every file's growth ends at a size: of the configuration, logs, the sink, weights, the trainer's state."""
-    run = soak.folder / f"full-{size}"
-    ended = soak.start(run, Faults(longest_file=size)).wait()
-    assert ended.returncode == 2, ended.stderr
-    last = ended.stderr.splitlines()[-1]
-    assert last.startswith("train.py: error: ")
-    assert "Traceback" not in ended.stderr
-    assert "Errno" in last or "os error" in last or "disk" in last
+def test_a_second_process_in_a_run_is_refused_until_the_first_is_dead(soak, begin):
+    run = soak.folder / "locked"
+    first = Script([*soak.options, *ENDLESS, "--run-dir", run], soak.environment, cwd=soak.folder)
+    for _ in moments_until_a_step(run, first):
+        pass
+    with pytest.raises(UserError, match=f"run folder {run}: another process is training in it"):
+        begin(run)
+    assert first.poll() is None
+    first.kill()
+    first.wait()
+    begin(run, "--steps", 1)
+    assert checkpoints(run)
+
+
+# ----------------------------------------------------------------------- disk and files
+
+
+@pytest.mark.parametrize("size", [1_000, 10_000, 60_000, 150_000])
+def test_disk_that_is_full_leaves_the_run_intact(begin, finished, tmp_path, size):
+    """Every file's growth ends at a size: of the configuration, logs, weights, the optimizer's state."""
+    run, limits = tmp_path / "full", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises((OSError, train.SafetensorError), match="too large"):
+            begin(run, *SHORT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(run.glob("checkpoints/.*"))
-    assert finished_after(soak, run) == soak.expected
+    begin(run, *([] if run.exists() else SHORT))
+    assert result_of(run) == result_of(finished)
 
 
-def test_run_folder_where_nothing_can_be_written_is_refused_at_once(soak):
-    ended = Script([*soak.options, "--run-dir", "/proc/runs/new"], soak.environment, cwd=soak.folder).wait()
+def test_full_disk_is_said_in_one_line(soak):
+    process = Script([*soak.options, *SHORT, "--run-dir", "full"], soak.environment, cwd=soak.folder,
+                     faults=Faults(longest_file=150_000))
+    ended = process.wait()
     assert ended.returncode == 2
-    assert ended.stderr == ("train.py: error: run_dir is /proc/runs/new: nothing can be made in /proc (No such file "
-                            "or directory); give another --run-dir\n")
+    assert ended.stderr.startswith("train.py: error: ")
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "harm"), [
+    ("model.safetensors", "cut"), ("model.safetensors", "deleted"), ("config.json", "cut"),
+    ("trainer_state.json", "cut"), ("trainer_state.json", "deleted"), ("optimizer.pt", "cut"),
+    ("optimizer.pt", "emptied"), ("sink.jsonl", "cut"), ("sink.jsonl", "deleted"),
+])
+def test_damaged_checkpoint_is_named(begin, copy, name, harm):
+    newest = copy / "checkpoints" / "step_000002"
+    content = (newest / name).read_bytes()
+    if harm == "deleted":
+        (newest / name).unlink()
+    else:
+        (newest / name).write_bytes(content[: len(content) // 2] if harm == "cut" else b"")
+    with pytest.raises(UserError) as error:
+        begin(copy)
+    ours = name in ("trainer_state.json", "optimizer.pt", "sink.jsonl")
+    assert str(newest / name if ours else newest) in str(error.value)
+    assert not ours or "delete" in str(error.value)
+    assert checkpoints(copy) == [2]  # nothing is deleted
+
+
+def test_once_a_damaged_checkpoint_is_deleted_the_one_before_it_goes_on(begin, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "checkpoints" / "step_000003")
+    begin(run)
+    assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2, 3]
+    assert checkpoints(run) == [2, 3]
 
 
 # ------------------------------------------------------------------------------ numbers
 
 
-def test_updates_that_are_not_finite_are_skipped_kept_and_end_the_run_in_the_third_step(soak):
+def test_updates_that_are_not_finite_are_skipped_and_end_the_run_in_the_third_step(soak, begin, tmp_path):
     (soak.folder / "huge.py").write_text("def score(response, answer, problem):\n    return len(response) * 1e300\n")
-    run = soak.folder / "huge"
-    options = [*soak.options, "--reward", "huge:score", "--advantage", "dr_grpo", *ENDLESS, "--run-dir", run]
-    ended = Script(options, soak.environment, cwd=soak.folder).wait()
-    assert ended.returncode == 2
-    assert "the gradient was not finite in 3 steps in a row" in ended.stderr
-    assert "--lr" in ended.stderr
+    run = tmp_path / "huge"
+    with pytest.raises(UserError, match=r"not finite in 3 steps in a row.*--resume .* with a lower --lr"):
+        begin(run, "--reward", "huge:score", "--advantage", "dr_grpo", *ENDLESS, "--checkpoint-every", 1)
     metrics = lines(run / "metrics.jsonl")
     assert [line["optim/skipped"] for line in metrics] == [2, 2, 2]  # both updates of each batch
     assert all(line["optim/grad_norm"] is line["policy/loss"] is None for line in metrics)
     assert "NaN" not in (run / "metrics.jsonl").read_text()
-    (skipped, *_) = json.loads((run / "skipped" / "step_000003.json").read_text())
-    assert {"response_tokens", "sampler_logprobs", "advantage", "reward"} <= set(skipped["rollouts"][0])
-    note = next(line for line in (run / "log.txt").read_text().splitlines() if line.startswith("warning, step 3"))
-    assert skipped["problem"]["id"] in note
-    assert "skipped/step_000003.json" in note
+    assert len(notes(run, "warning, step 3: the gradient is not finite: 2 updates")) == 1
+    assert {line["step"] for line in lines(run / "rollouts.jsonl")} == {1, 2, 3}
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (run / "checkpoints").iterdir()]
+    assert weights[0] == weights[1]  # no update has touched them
 
 
-def metrics_of(count: int, **values: float | None) -> list[dict[str, float | None]]:
-    usual = {"policy/entropy": 0.5, "response/tokens_mean": 100.0, "response/truncated": 0.1, "mismatch/kl": 1e-3,
-             "reward/solve_none": 0.2, "reward/solve_all": 0.2, "reward/timeout": 0.0}
-    return [usual | {name.replace("__", "/"): value for name, value in values.items()} for _ in range(count)]
+def test_a_warning_comes_once_also_over_a_resume(begin, tmp_path):
+    run = tmp_path / "warned"
+    begin(run, "--max-response-tokens", 1, "--steps", 11, "--eval-every", "-1", "--temperature", 1)
+    begin(run, "--steps", 13)
+    (note,) = notes(run, "warning")
+    assert note.startswith("warning, step 10: response/truncated was")
+    assert "--max-response-tokens" in note
 
 
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("entropy", {"policy__entropy": 0.04}), ("length", {"response__tokens_mean": 20.0}),
-        ("unsolved", {"reward__solve_none": 1}), ("solved", {"reward__solve_all": 1}),
-        ("timeouts", {"reward__timeout": 0.3}), ("truncated", {"response__truncated": 0.3}),
-        ("mismatch", {"mismatch__kl": 0.06}),
-    ],
-)
-def test_warnings_come_when_ten_steps_say_so(name, values):
-    assert train.warnings(metrics_of(30)) == {}
-    assert train.warnings(metrics_of(10, policy__entropy=None, mismatch__kl=None)) == {}  # no update in ten steps
-    assert train.warnings(metrics_of(20) + metrics_of(2, **values)) == {}
-    assert [*train.warnings(metrics_of(20) + metrics_of(10, **values))] == [name]
-
-
-def test_a_warning_comes_once_also_over_a_resume(soak):
-    run = soak.folder / "warned"
-    options = [*soak.options, "--max-response-tokens", 1, "--steps", 12, "--eval-every", "-1", "--temperature", 1,
-               "--run-dir", run]
-    assert Script(options, soak.environment, cwd=soak.folder).wait().returncode == 0
-    assert Script(["--resume", run, "--steps", 15], soak.environment, cwd=soak.folder).wait().returncode == 0
-    notes = [line for line in (run / "log.txt").read_text().splitlines() if line.startswith("warning")]
-    assert len(notes) == 1
-    assert notes[0].startswith("warning, step 10: response/truncated was")
-    assert "--max-response-tokens" in notes[0]
-
-
-# ------------------------------------------------------------------------------- memory
-
-
-def gradient(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-
-
-@pytest.mark.parametrize("fits", [200, 90, 51])
-def test_update_without_memory_halves_the_rows_and_has_the_same_gradient(fits):
-    """A fault by count: what has more tokens finds no memory, in the middle of a row whose gradient has begun."""
-    config, rollouts = Config(), random_rollouts(12)
-    found, counts = [], []
-    for limit in (10**9, fits):
-        model = tiny_model("qwen3", tied=True)
-        optimizer = torch.optim.SGD(model.parameters())
-
-        def add_gradient(row, model=model, limit=limit):
-            train.token_logprobs(model, row, 1.0, config, lambda row, logprobs: logprobs * row.advantages)
-            if row.input_ids.shape[1] > limit:
-                raise torch.OutOfMemoryError("CUDA out of memory.")
-            return row.input_ids.shape[1]
-
-        rows, sizes = within_memory(add_gradient, pack([(r, 1.0) for r in rollouts], 10**6), optimizer)
-        assert sum(sizes) == sum(train._row_tokens(r) for r in rollouts)
-        assert len(rows) == len(sizes)
-        found.append(gradient(model))
-        counts.append(len(rows))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
-    assert counts[0] == 1 < counts[1]
-
-
-def test_halves_of_a_row_are_the_rows_that_would_have_been_packed():
-    rollouts = random_rollouts(5)
-    (row,) = pack([(r, 1.0) for r in rollouts], 10**6)
-    row.old_logprobs = torch.randn(len(row.targets))
-    parts = [row]
-    while len(parts) < 5:
-        parts = [half for part in parts for half in part.halves()]
-    for part, rollout in zip(parts, sorted(rollouts, key=train._row_tokens, reverse=True), strict=True):
-        (alone,) = pack([(rollout, 1.0)], 10**6)
-        for name in ("input_ids", "position_ids", "predicting", "targets", "sampler_logprobs", "sequence_bounds"):
-            assert torch.equal(getattr(part, name), getattr(alone, name)), name
-        assert part.sequence_lengths == alone.sequence_lengths
-        assert part.halves() == [part]
-    assert torch.equal(torch.cat([part.old_logprobs for part in parts]), row.old_logprobs)
-
-
-def _update_with_little_memory(path: str) -> None:
-    """In a process of its own: an update under a limit of address space, which long rows exceed."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = tiny_model("qwen3", tied=True, head_dim=64)
-    groups = [Group(Problem("p", "", ("1",)), random_rollouts(8, seed, longest=400)) for seed in range(8)]
-    config = Config(tokens_per_micro_batch=10**6, optimizer="sgd", lr=0.1, logprob_chunk_tokens=10**6)
-    scaler, optimizer = torch.amp.GradScaler("cpu", enabled=False), torch.optim.SGD(model.parameters(), lr=0.1)
-    start = {name: weight.clone() for name, weight in model.state_dict().items()}
-    enough = train.update_policy(model, optimizer, scaler, groups, 1.0, replace(config, tokens_per_micro_batch=500))
-    model.load_state_dict(start)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 30 * 2**20, -1))
-    update = train.update_policy(model, optimizer, scaler, groups, 1.0, config)
-    found = [update.fitting_row, update.loss, enough.loss, update.grad_norm, enough.grad_norm]
-    Path(path).write_text(json.dumps(found))
-
-
-def test_update_goes_on_where_the_system_refuses_memory(soak, tmp_path):
-    import multiprocessing
-
-    process = multiprocessing.get_context("forkserver").Process(
-        target=_update_with_little_memory, args=(str(tmp_path / "found"),))
-    process.start()
-    process.join()
-    fitting_row, loss, expected_loss, norm, expected_norm = json.loads((tmp_path / "found").read_text())
-    assert 0 < fitting_row < 10_000
-    assert loss == pytest.approx(expected_loss, rel=1e-4)
-    assert norm == pytest.approx(expected_norm, rel=1e-4)
-
-
-def test_what_fits_is_what_was_computed_also_with_several_updates(monkeypatch):
-    """Old log-probs need less room than a gradient; the next step has room at once."""
-    real, tries = train.token_logprobs, []
-
-    def limited(policy, row, temperature, config, token_loss=None):
-        tries.append(row.input_ids.shape[1])
-        if row.input_ids.shape[1] > (400 if token_loss is None else 200):
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(policy, row, temperature, config, token_loss)
-
-    monkeypatch.setattr(train, "token_logprobs", limited)
-    config = Config(tokens_per_micro_batch=10**6, updates_per_batch=2, prompts_per_step=8)
-    engine = HFEngine(tiny_model("qwen3", tied=True), data.toy_tokenizer(), config)
-    groups = [Group(Problem("p", "", ("1",)), random_rollouts(8, seed)) for seed in range(8)]
-    optimizer = torch.optim.SGD(engine.policy.parameters())
-    for step in range(2):
-        tries.clear()
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        update = train.update_policy(engine.policy, optimizer, scaler, groups, 1.0, config)
-        config = train.with_what_fits(config, engine, update, train.Display())
-        assert 50 < config.tokens_per_micro_batch <= 200
-        assert (max(tries) > 200) == (step == 0)
-        assert (update.fitting_row is None) == (step == 1)
-
-
-def test_generation_without_memory_goes_on_with_fewer_at_once():
-    model = tiny_model("qwen3", tied=True)
-    engine = HFEngine(model, data.toy_tokenizer(), Config(rollouts_per_batch=8))
-    real, refused = model.base_model.forward, []
-
-    def forward(input_ids, **others):
-        if len(input_ids) > 3:
-            refused.append(len(input_ids))
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(input_ids=input_ids, **others)
-
-    model.base_model.forward = forward
-    prompts = [(4, 5), (6,), (7, 8, 9), (3, 3), (5, 5)]
-    found = dict(generate_once(engine, prompts, 4, Sampling(1.0, 6, seed=5), None, None))
-    assert sorted(found) == [0, 1, 2, 3, 4]
-    assert all(len(responses) == 4 for responses in found.values())
-    assert refused == [8, 4]
-    assert engine.rollouts_per_batch == 2
-    model.base_model.forward = lambda **inputs: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
-    with pytest.raises(EngineError, match="--max-response-tokens") as ended:
-        list(generate_once(engine, prompts, 4, Sampling(1.0, 6, seed=5), None, None))
-    assert not isinstance(ended.value, OutOfMemory)
+@pytest.mark.parametrize(("options", "advice"), [
+    (["--max-response-tokens", "1"], "most responses were cut: raise --max-response-tokens"),
+    (["--no-require-think"], "most responses have no box: let --prompt-suffix ask for one"),
+])
+def test_where_nothing_is_right_the_prevailing_reason_is_said(soak, tmp_path, options, advice):
+    own_reward = soak.options.index("--reward")
+    with contextlib.chdir(soak.folder):
+        train.main([*map(str, soak.options[:own_reward]), *map(str, soak.options[own_reward + 2 :]), "--steps", "10",
+                    "--prompts-per-step", "2", "--temperature", "1", "--max-response-tokens", "150", "--eval-every",
+                    "-1", "--run-dir", str(tmp_path / "run"), *options])
+    assert advice in notes(tmp_path / "run", "warning, step 10: reward/solve_none was 1")[0]
 
 
 # ------------------------------------------------------------------------- what was run
 
 
-def test_starts_are_recorded_and_what_has_changed_is_said(soak, tmp_path):
-    problems = tmp_path / "sums.jsonl"
-    rows = [{"problem": p.text, "answer": p.answers[0]} for p in data.toy_problems(30, seed=5)]
-    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = tmp_path / "run"
-    options = [*soak.options, "--data", problems, "--eval-every", "-1", "--steps", 1, "--temperature", "1"]
-    assert Script([*options, "--run-dir", run], soak.environment, cwd=soak.folder).wait().returncode == 0
-    problems.write_text("\n" + problems.read_text())  # the same problems
-    ended = Script(["--resume", run, "--steps", 2], soak.environment, cwd=soak.folder).wait()
-    assert ended.returncode == 0, ended.stderr
-    assert "warning: files changed since the last start" in ended.stdout
+def test_each_start_is_recorded(begin, monkeypatch, tmp_path):
+    run, start = tmp_path / "run", ["train.py", "--run-dir", "a run"]
+    for steps in (1, 2):
+        monkeypatch.setattr("sys.argv", [*start, "--steps", str(steps)])
+        begin(run, "--steps", steps, "--eval-every", "-1")
     first, second = lines(run / "starts.jsonl")
-    assert first["step"] == 0
-    assert second["step"] == 1
-    assert f"--run-dir {run}" in first["command"]
+    assert (first["step"], second["step"]) == (0, 1)
+    assert first["command"] == "train.py --run-dir 'a run' --steps 1"
     assert first["versions"]["torch"] == torch.__version__
-    assert first["hardware"]["cores"] == os.cpu_count()
-    assert list(first["files"]) == [str(problems), "coin.py"]
-    assert first["files"] != second["files"]
     assert first["versions"] == second["versions"]
+    assert first["commit"] == second["commit"]
+
+
+def test_saving_counts_once_in_the_step_after_it(begin, tmp_path):
+    begin(tmp_path / "run", "--steps", 6, "--eval-every", "-1", "--checkpoint-every", 3)
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["time/save"] > 0 for line in metrics] == [False, False, False, True, False, False]
+    for line in metrics:
+        phases = sum(line[f"time/{phase}"] for phase in ("rollout", "reward", "update", "sync", "save"))
+        assert line["time/step"] >= phases

@@ -1,22 +1,27 @@
-"""The Hugging Face engine: its log-probs are the trainer's, its seeds hold, its limits too."""
+"""The Hugging Face engine: its log-probs are the trainer's, its seeds hold, its limits too; and the groups it draws."""
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import SIZES, lines, perturb, tiny_model
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-import data
-from polaris_mini import Config, Problem, Rollout
+import toy
+from data import encode_prompts
+from polaris_mini import Config, Problem, Rollout, UserError
 from reward import RewardPool
 from rollout import (
-    Evaluation, HFEngine, ModelError, Response, Sampling, causal_lm, evaluate, load_model, load_tokenizer,
-    sample_groups, set_rewards, uses_vllm,
+    Evaluation, HFEngine, ProbeCurves, Response, Sampling, causal_lm, load_model, load_tokenizer, policy_weights,
+    prepare_policy, sample_groups, set_rewards, uses_vllm,
 )
-from train import pack, token_logprobs
+from train import forward_row, pack
 
-TOKENIZER = data.toy_tokenizer()
+TOKENIZER = toy.toy_tokenizer()
 EOS = TOKENIZER.eos_token_id
 
 
@@ -24,9 +29,9 @@ def engine(kind: str = "qwen3", rollouts_per_batch: int = 64) -> HFEngine:
     return HFEngine(tiny_model(kind, tied=True), TOKENIZER, Config(rollouts_per_batch=rollouts_per_batch))
 
 
-def draw(e, prompts_, sampling, on_tokens=None):
-    """One response to each prompt, in order."""
-    drawn = dict(e.generate(prompts_, 1, sampling, on_tokens))
+def draw(e: HFEngine, prompts_: list[list[int]], sampling: Sampling) -> list[Response]:
+    """Draw one response to each prompt, in order."""
+    drawn = dict(e.generate(prompts_, 1, sampling))
     return [drawn[i][0] for i in range(len(prompts_))]
 
 
@@ -35,10 +40,13 @@ def prompts(count: int) -> list[list[int]]:
     return [[rng.randrange(4, 50) for _ in range(rng.randint(1, 15))] for _ in range(count)]
 
 
+# -------------------------------------------------------------------------------- the engine
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
 @pytest.mark.parametrize("temperature", [0.7, 1.4])
 def test_sampler_logprobs_are_the_trainers(kind, temperature):
-    """Padding, the cache, rows that leave the batch and packing: none of them changes a log-prob."""
+    """Padding, the cache, sequences that leave the decoding and packing: none of them changes a log-prob."""
     e = engine(kind, rollouts_per_batch=16)
     responses = draw(e, prompts(40), Sampling(temperature, 30, seed=1))
     assert {r.finish_reason for r in responses} == {"stop", "length"}
@@ -47,7 +55,8 @@ def test_sampler_logprobs_are_the_trainers(kind, temperature):
         for prompt, r in zip(prompts(40), responses, strict=True)
     ]
     for row in pack([(r, 1) for r in rollouts], 300):
-        logprobs, _ = token_logprobs(causal_lm(e.policy), row, temperature, Config())
+        with torch.no_grad():
+            logprobs = forward_row(e.policy, row, temperature, Config())[1]
         torch.testing.assert_close(logprobs, row.sampler_logprobs, rtol=0, atol=3e-5)
 
 
@@ -72,6 +81,23 @@ def test_a_seed_repeats_and_another_does_not():
     torch.rand(7)  # the global random state plays no part
     assert draw(e, prompts(10), Sampling(1.0, 20, seed=3)) == first
     assert draw(e, prompts(10), Sampling(1.0, 20, seed=4)) != first
+
+
+@pytest.mark.parametrize("rollouts_per_batch", [3, 8])
+def test_what_is_missing_is_drawn_as_if_nothing_had_been_finished(rollouts_per_batch):
+    """To the last bit. Sequences are decoded in fixed batches, and those in which nothing is missing are skipped."""
+    e = engine(rollouts_per_batch=rollouts_per_batch)
+    decoded: list[int] = []
+    real = e._decode
+    e._decode = lambda given, *rest: decoded.append(len(given)) or real(given, *rest)  # type: ignore[method-assign]
+    whole = dict(e.generate(prompts(10), 4, Sampling(1.0, 20, seed=3)))
+    assert sorted(whole) == list(range(10))
+    for finished in (list(whole)[:6], list(whole)[3:5], list(whole)):  # in the order in which they come
+        decoded.clear()
+        rest = dict(e.generate(prompts(10), 4, Sampling(1.0, 20, seed=3), finished))
+        assert rest == {i: responses for i, responses in whole.items() if i not in finished}
+        missing = 40 - 4 * len(finished)
+        assert missing <= sum(decoded) <= missing + 2 * (rollouts_per_batch - 1)
 
 
 def test_samples_follow_the_models_distribution():
@@ -99,12 +125,6 @@ def test_top_k_and_top_p_keep_the_most_likely_tokens():
         assert drawn == set(order[:allowed])
 
 
-def test_tokens_are_reported_as_they_come():
-    seen: list[int] = []
-    responses = draw(engine(rollouts_per_batch=8), prompts(20), Sampling(1.0, 15, seed=0), seen.append)
-    assert sum(seen) == sum(len(r.tokens) for r in responses)
-
-
 def test_generation_leaves_the_policy_ready_to_train():
     e = engine()
     e.policy.train()
@@ -113,50 +133,192 @@ def test_generation_leaves_the_policy_ready_to_train():
     assert causal_lm(e.policy).config._attn_implementation == "packed"
 
 
-def test_groups_are_graded_and_evaluated():
-    problems = data.encode_prompts(data.toy_problems(6, seed=0), TOKENIZER, suffix="", max_prompt_tokens=64)
+def test_the_engine_generates_with_the_policy_that_it_was_given_last():
+    e, other = engine(), tiny_model("qwen3", tied=True, seed=1)
+    before = draw(e, prompts(5), Sampling(1.0, 20, seed=3))
+    e.wake(other)
+    assert draw(e, prompts(5), Sampling(1.0, 20, seed=3)) != before
+    perturb(e.policy)  # an update changes the weights in place: there is no copy that could be an old one
+    rollouts = [Rollout("p", prompt, r.tokens, r.sampler_logprobs, "", r.finish_reason)
+                for prompt, r in zip(prompts(5), draw(e, prompts(5), Sampling(1.0, 20, seed=3)), strict=True)]
+    (row,) = pack([(r, 1) for r in rollouts], 10_000)
+    with torch.no_grad():
+        logprobs = forward_row(other, row, 1.0, Config())[1]
+    torch.testing.assert_close(logprobs, row.sampler_logprobs, rtol=0, atol=3e-5)
 
-    class Scripted:
-        """Answers every problem, the last one first, in half of its rollouts rightly."""
 
-        def generate(self, prompts_, count, sampling, on_tokens=None):
-            for i in reversed(range(len(prompts_))):
-                text = data.toy_response(problems[i], None)
-                texts = [text if j % 2 else text.replace("boxed{", "boxed{9") for j in range(count)]
-                tokens = [[*TOKENIZER(text, add_special_tokens=False)["input_ids"], EOS] for text in texts]
-                yield i, [Response(t, [0.0] * len(t), "stop") for t in tokens]
+# -------------------------------------------------------------------------------- the groups
 
+
+PROBLEMS = encode_prompts(toy.toy_problems(6, seed=0), TOKENIZER, Config(prompt_suffix="", max_prompt_tokens=64))
+
+
+class Scripted:
+    """Answers every problem, the last one first, in half of its rollouts rightly; fails after so many groups."""
+
+    tokenizer, rollouts_per_batch = TOKENIZER, 64
+
+    def __init__(self, fails_after: int = 99) -> None:
+        self.fails_after, self.asked = fails_after, []
+
+    def generate(
+        self, prompts_: list[list[int]], count: int, sampling: Sampling, finished: Collection[int] = ()
+    ) -> Any:
+        of_prompt = {problem.prompt_tokens: problem for problem in PROBLEMS}
+        for i in reversed(range(len(prompts_))):
+            if i in finished:
+                continue
+            if len(self.asked) == self.fails_after:
+                raise KeyboardInterrupt
+            self.asked.append(i)
+            text = toy.toy_response(of_prompt[tuple(prompts_[i])], None)
+            texts = [text if j % 2 else text.replace("boxed{", "boxed{9") for j in range(count)]
+            tokens = [[*TOKENIZER(text, add_special_tokens=False)["input_ids"], EOS] for text in texts]
+            yield i, [Response(t, [-0.1 * i] * len(t), "stop") for t in tokens]
+
+
+@pytest.fixture(scope="module")
+def pool():
     with RewardPool(require_think=True) as pool:
-        groups, gradings = sample_groups(Scripted(), TOKENIZER, pool, problems, 4, Sampling(1.0, 96, 0))
-        set_rewards(gradings)
-        assert all([r.reason for r in g.rollouts] == ["wrong", "correct"] * 2 for g in groups)
-        assert [g.problem for g in groups] == problems
-        result = Evaluation.of(evaluate(Scripted(), TOKENIZER, pool, problems, 4, Sampling(1.0, 96, 0)))
+        yield pool
+
+
+def test_groups_are_graded_and_measured(pool):
+    groups = set_rewards(*sample_groups(Scripted(), pool, PROBLEMS, 4, Sampling(1.0, 96, 0)))
+    assert all([r.reason for r in group.rollouts] == ["wrong", "correct"] * 2 for group in groups)
+    assert [group.problem for group in groups] == PROBLEMS
+    result = Evaluation.of(groups)
     assert (result.avg_at_k, result.pass_at_k[-1], result.truncated, result.problems) == (0.5, 1.0, 0.0, 6)
+    curves = ProbeCurves.of({0.8: groups, 1.0: groups})
+    assert curves.accuracy == {0.8: 0.5, 1.0: 0.5}
+    assert curves.noise == {0.8: 0.0, 1.0: 0.0}
+
+
+def test_groups_that_were_finished_before_an_interrupt_come_from_the_file(pool, tmp_path):
+    kept, sampling = tmp_path / "kept" / "step_000003", Sampling(1.0, 96, 0)
+    whole = set_rewards(*sample_groups(Scripted(), pool, PROBLEMS, 4, sampling))
+    with pytest.raises(KeyboardInterrupt):
+        sample_groups(Scripted(fails_after=4), pool, PROBLEMS, 4, sampling, kept)
+    (file,) = kept.parent.iterdir()
+    assert sorted(line["number"] for line in lines(file)) == [2, 3, 4, 5]
+    file.write_bytes(file.read_bytes()[:-30])  # a kill cuts the last line short: its group is drawn again
+    rest = Scripted()
+    assert set_rewards(*sample_groups(rest, pool, PROBLEMS, 4, sampling, kept)) == whole
+    assert rest.asked == [2, 1, 0]
+    again = Scripted()
+    assert set_rewards(*sample_groups(again, pool, PROBLEMS, 4, sampling, kept)) == whole
+    assert again.asked == []
+
+
+@pytest.mark.parametrize("change", ["sampling", "group_size", "problems", "rollouts_per_batch", "engine"])
+def test_groups_of_another_question_are_not_used(pool, tmp_path, change):
+    kept, e = tmp_path / "step_000003", Scripted()
+    set_rewards(*sample_groups(e, pool, PROBLEMS[:3], 4, Sampling(1.0, 96, 0), kept))
+    if change == "rollouts_per_batch":
+        e.rollouts_per_batch = 32
+    elif change == "engine":
+        e = type("Other", (Scripted,), {})()
+    e.asked = []
+    problems, group_size = PROBLEMS[3:] if change == "problems" else PROBLEMS[:3], 2 if change == "group_size" else 4
+    sampling = Sampling(1.1 if change == "sampling" else 1.0, 96, 0)
+    groups = set_rewards(*sample_groups(e, pool, problems, group_size, sampling, kept))
+    assert e.asked == [2, 1, 0]
+    assert [group.problem for group in groups] == problems
+    assert {len(group.rollouts) for group in groups} == {group_size}
+
+
+def test_an_interrupted_draw_of_the_real_engine_ends_as_the_undisturbed_one(pool, tmp_path):
+    e, sampling = engine(rollouts_per_batch=5), Sampling(1.0, 20, seed=3)
+    whole = set_rewards(*sample_groups(e, pool, PROBLEMS, 4, sampling))
+    real = e._decode
+    left = [2]
+
+    def interrupted(*arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    e._decode = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        sample_groups(e, pool, PROBLEMS, 4, sampling, tmp_path / "kept")
+    assert 1 <= len(lines(tmp_path / "kept.rank0.jsonl")) < 6
+    left = [10]
+    assert set_rewards(*sample_groups(e, pool, PROBLEMS, 4, sampling, tmp_path / "kept")) == whole
+    assert len(lines(tmp_path / "kept.rank0.jsonl")) == 6
+
+
+# -------------------------------------------------------------------------------- models
 
 
 def test_models_that_cannot_be_loaded_are_named(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="has no weights"):
-        load_model(str(tmp_path), dtype=torch.float32, device=torch.device("cpu"))
-    with pytest.raises(ModelError, match="no tokenizer"):
-        load_tokenizer(str(tmp_path))
-    with pytest.raises(ModelError, match="no such folder"):
-        load_model(str(tmp_path / "nowhere"), dtype=torch.float32, device=torch.device("cpu"))
-    tiny_model("qwen3", tied=True).save_pretrained(tmp_path)
+    settings = Config(device="cpu")
+    with pytest.raises(UserError, match=rf"model is {tmp_path}/nowhere: its tokenizer does not load"):
+        load_tokenizer(str(tmp_path / "nowhere"), settings)
+    with pytest.raises(UserError, match=rf"model is {tmp_path}/nowhere: it does not load"):
+        load_model(str(tmp_path / "nowhere"), settings, torch.float32)
+    model = tiny_model("qwen3", tied=True)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")  # pickled weights can run code
+    with pytest.raises(UserError, match=r"it does not load .*safetensors"):
+        load_model(str(tmp_path), settings, torch.float32)
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(ModelError, match=r"does not load: .*header"):
-        load_model(str(tmp_path), dtype=torch.float32, device=torch.device("cpu"))
+    with pytest.raises(UserError, match="it does not load"):
+        load_model(str(tmp_path), settings, torch.float32)
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path):
+    tokenizer = toy.toy_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no eos_token"):
+        load_tokenizer(str(tmp_path), Config())
+
+
+def yarn_config(factor: float, original: int, scale: float = 1.0) -> dict[str, Any]:
+    return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original,
+            "attention_factor": scale}  # fmt: skip
+
+
+def test_yarn_stretches_positions(tmp_path: Path):
+    tiny_model("qwen3", tied=True).save_pretrained(tmp_path)
+    yarn = load_model(str(tmp_path), Config(device="cpu"), torch.float32, rope=yarn_config(2.0, 64))
+    assert yarn.config.max_position_embeddings == 128
+    reference = Qwen3ForCausalLM(Qwen3Config(**{
+        **SIZES, "head_dim": 8, "tie_word_embeddings": True, "max_position_embeddings": 128,
+        "rope_parameters": {**yarn.config.rope_parameters, **yarn_config(2.0, 64)},
+    }))  # fmt: skip
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    reference.load_state_dict(plain.state_dict())
+    ids = torch.tensor([[(5 * j) % 46 + 4 for j in range(100)]])
+    with torch.no_grad():
+        torch.testing.assert_close(yarn(ids).logits, reference.eval()(ids).logits)
+        assert (yarn(ids).logits - plain(ids).logits).abs().max() > 1e-2
+
+
+def test_policy_weights_are_named_as_in_a_checkpoint_and_leave_the_policy_alone():
+    base = tiny_model("llama", tied=False)
+    names = set(base.state_dict())
+    policy = prepare_policy(base, Config(lora_rank=4))
+    perturb(policy)
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    weights = dict(policy_weights(policy, torch.bfloat16))
+    assert set(weights) == names
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
+    for name, weight in policy.merge_and_unload().state_dict().items():
+        assert torch.equal(weights[name], weight.bfloat16()), name
 
 
 def test_problem_text_survives_the_round_trip_to_tokens():
-    problem = Problem("x", "3 + 4", ("7",))
-    (encoded,) = data.encode_prompts([problem], TOKENIZER, suffix="", max_prompt_tokens=64)
+    settings = Config(prompt_suffix="", max_prompt_tokens=64)
+    (encoded,) = encode_prompts([Problem("x", "3 + 4", ("7",))], TOKENIZER, settings)
     assert TOKENIZER.decode(encoded.prompt_tokens) == "<|user|>3 + 4<|end|><|assistant|><think>"
 
 
 def test_vllm_that_is_not_installed_is_an_error_only_if_asked_for(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert not uses_vllm(Config())
-    with pytest.raises(ModelError, match="engine is vllm: it is not installed"):
+    with pytest.raises(UserError, match="engine is vllm: it is not installed"):
         uses_vllm(Config(engine="vllm"))

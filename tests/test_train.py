@@ -1,86 +1,114 @@
-"""The whole loop on a miniature of the toy world: files, resume, interrupts, bad input, LoRA, warm start."""
+"""The whole loop on a miniature of the toy world: the run's folder, resume, stages, LoRA, rewards of one's own."""
 from __future__ import annotations
 
-import functools
-import itertools
+import ast
 import json
-import os
 import re
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import even_sums, lines
-from fast_start import ROOT, Script
+from fast_start import ROOT
+from safetensors.torch import load_file
+from soak import COIN, MEASURED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import data
+import evaluate
 import report
+import toy
 import train
-from polaris_mini import PRESETS, Config, Problem
+from data import UserError
+from polaris_mini import PRESETS, Common, Problem
 from rollout import load_model
 
-SMALL = ["--warmup-steps", "30", "--prompts-per-step", "8", "--group-size", "4", "--max-response-tokens", "40",
-         "--eval-problems", "8", "--eval-rollouts", "2", "--eval-every", "2", "--checkpoint-every", "2"]
-STEPS = 9  # enough that a kill or Ctrl-C after the first ones comes before the last
-METRICS = [
-    "step", "stage", "reward/mean", "reward/solve_none", "reward/solve_all", "reward/timeout",
-    "batch/informative", "batch/rescued",
-    "batch/substituted", "response/tokens_mean", "response/tokens_max", "response/truncated", "sampling/temperature",
-    "diversity/distinct_4", "diversity/distinct_4_fixed", "policy/entropy", "policy/loss", "policy/clip_fraction",
-    "mismatch/kl", "mismatch/ratio_mean", "mismatch/ratio_max", "mismatch/cut",
-    "optim/grad_norm", "optim/skipped", "optim/lr", "time/rollout", "time/reward",
-    "time/update", "time/sync", "time/step",
-    "tokens/rollout", "tokens/per_second", "tokens/update", "tokens/update_release",
-    "memory/rollout_gib", "memory/update_gib",
-]
+SMALL = ["--prompts-per-step", "8", "--group-size", "4", "--eval-problems", "8", "--eval-rollouts", "2",
+         "--reward-workers", "1"]
+SHORT = [*SMALL, "--max-response-tokens", "24"]
+STEPS = 5
+METRICS = {
+    "step", "stage", "sampling/temperature", "reward/mean", "reward/solve_none", "reward/solve_all",
+    "reward/no_think_end", "reward/no_answer", "reward/timeout", "batch/informative", "batch/rescued",
+    "batch/substituted", "response/tokens_mean", "response/tokens_max", "response/truncated", "diversity/distinct_4",
+    "policy/loss", "policy/entropy", "policy/clip_fraction", "mismatch/kl", "mismatch/ratio_mean",
+    "mismatch/ratio_max", "mismatch/cut", "optim/grad_norm", "optim/skipped", "optim/lr", "time/rollout",
+    "time/reward", "time/update", "time/sync", "time/save", "time/step", "tokens/rollout", "tokens/per_second",
+    "tokens/update", "tokens/update_release", "memory/rollout_gib", "memory/update_gib",
+}
 
 
-@pytest.fixture(scope="session")
-def finished(run_train, tmp_path_factory) -> Path:
+def start(*arguments: object) -> None:
+    train.main([str(argument) for argument in arguments])
+
+
+def write_problems(path: Path, problems: list[Problem], **columns: list[object]) -> Path:
+    rows = [{"problem": problem.text, "answer": problem.answers[0]} for problem in problems]
+    for name, values in columns.items():
+        rows = [{**row, name: value} for row, value in zip(rows, values, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory) -> Path:
+    """Problems that the toy model is now right and now wrong at, in 24 tokens."""
+    return write_problems(tmp_path_factory.mktemp("data") / "sums.jsonl", toy.toy_problems(40, seed=5, terms=[2, 3]))
+
+
+@pytest.fixture(scope="module")
+def finished(sums, tmp_path_factory) -> Path:
     """A run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    result = run_train(*SMALL, "--steps", STEPS, "--run-dir", folder)
-    assert result.returncode == 0, result.stderr
-    assert "before" in result.stdout
-    assert "--resume" in result.stdout
+    start(*SHORT, "--data", sums, "--steps", STEPS, "--eval-every", 2, "--checkpoint-every", 2, "--run-dir", folder)
     return folder
 
 
-def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / f"step_{step:06d}").state_dict()
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    shutil.copytree(finished, tmp_path / "copy")
+    return tmp_path / "copy"
 
 
-def assert_same_training(one: Path, other: Path, step: int) -> None:
-    a, b = weights(one, step), weights(other, step)
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    for name in ("rollouts.jsonl", "scores.jsonl"):
-        assert lines(one / name) == lines(other / name), name
+def steps_of(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("step_")) for path in sorted((folder / "checkpoints").iterdir())]
 
 
-def assert_same_run(one: Path, other: Path, step: int) -> None:
+def assert_same_run(one: Path, other: Path) -> None:
     """Same weights to the last bit, same rollouts, same scores, same metrics but for times and memory."""
-    assert_same_training(one, other, step)
-    assert lines(one / "evaluations.jsonl") == lines(other / "evaluations.jsonl")
-    measured = ("time/", "memory/", "tokens/per_second")
-    for x, y in zip(lines(one / "metrics.jsonl"), lines(other / "metrics.jsonl"), strict=True):
-        assert {k: v for k, v in x.items() if not k.startswith(measured)} == {
-            k: v for k, v in y.items() if not k.startswith(measured)}
+    for folders in ((one, other), (other, one)):
+        (folder,) = sorted((folders[0] / "checkpoints").iterdir())[-1:]
+        (weights,) = folder.glob("*.safetensors")
+        found, expected = (load_file(root / "checkpoints" / folder.name / weights.name) for root in folders)
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+    for name in ("rollouts.jsonl", "scores.jsonl", "evaluations.jsonl"):
+        assert lines(one / name) == lines(other / name), name
+    logs = [[{name: value for name, value in step.items() if not name.startswith(MEASURED)}
+             for step in lines(run / "metrics.jsonl")] for run in (one, other)]
+    assert logs[0] == logs[1]
 
 
-# ------------------------------------------------------------------ the run's folder
+# -------------------------------------------------------------------------- the loop
 
 
-def test_run_folder_holds_what_the_readme_says(finished):
+def test_the_loop_has_its_numbered_banners_on_one_screen():
+    source = (ROOT / "train.py").read_text()
+    (loop,) = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "train")
+    assert loop.end_lineno - loop.lineno < 60
+    banners = re.findall(r"# (\d)\. ([A-Z]+(?:, [A-Z]+)*)", ast.get_source_segment(source, loop))
+    assert banners == [("0", "STAGE"), ("1", "ROLLOUT"), ("2", "REWARD"), ("3", "RESCUE"), ("4", "SUBSTITUTE"),
+                       ("5", "ADVANTAGE"), ("6", "UPDATE"), ("7", "LOG, SAVE, EVAL")]
+
+
+def test_run_folder_holds_what_the_docs_say(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        "config.json", "starts.jsonl", "log.txt", "metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl",
+        "scores.jsonl", "checkpoints", "sink"}
     metrics = lines(finished / "metrics.jsonl")
     assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
-    for m in metrics:
-        evaluated = ["eval/avg_at_k", "eval/pass_at_k"] if m["step"] in (2, 4, 6, 8, 9) else []
-        assert list(m) == METRICS + evaluated
-    assert [e["step"] for e in lines(finished / "evaluations.jsonl")] == [0, 2, 4, 6, 8, 9]
+    assert all(set(m) == METRICS for m in metrics)
+    assert any(m["optim/grad_norm"] for m in metrics)
+    assert [e["step"] for e in lines(finished / "evaluations.jsonl")] == [0, 2, 4, 5]
     rollouts = lines(finished / "rollouts.jsonl")
     assert set(rollouts[-1]) == {
         "step", "id", "problem", "response", "answer", "reward", "reason", "tokens", "truncated", "advantage", "weight",
@@ -90,357 +118,231 @@ def test_run_folder_holds_what_the_readme_says(finished):
         of_step = [r for r in rollouts if r["step"] == m["step"]]
         rewards = [r["reward"] for r in of_step if not r["rescued"]]
         assert m["reward/mean"] == pytest.approx(sum(rewards) / len(rewards))
-        assert m["batch/rescued"] <= sum(r["rescued"] for r in of_step)
-        assert m["batch/substituted"] == sum(r["weight"] - 1 for r in of_step if r["weight"] and not r["rescued"]) / 4
+        assert m["batch/rescued"] == sum(r["rescued"] for r in of_step)
+        assert m["batch/substituted"] == sum(r["weight"] - 1 for r in of_step if r["weight"]) / 4
+        assert sum(r["weight"] for r in of_step) == (32 if m["optim/grad_norm"] else 0)  # every place is filled
         coloured = [r for r in of_step if "pieces" in r]
         assert len({r["id"] for r in coloured}) == 1
         for r in coloured:
             assert "".join(text for text, _ in r["pieces"]).removesuffix("<|end|>") == r["response"]
             assert len(r["pieces"]) == r["tokens"]
     assert len(lines(finished / "scores.jsonl")) == STEPS * 8
-    assert json.loads((finished / "config.json").read_text())["stages"][0]["steps"] == STEPS
-    scores = {e["step"]: e["avg_at_k"] for e in lines(finished / "evaluations.jsonl") if e["step"] > 0}
-    best = max(scores, key=lambda step: (scores[step], step))
-    kept = sorted({8, 9, best})
-    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == [f"step_{step:06d}" for step in kept]
+    assert json.loads((finished / "config.json").read_text())["stages"][0].startswith(f"{STEPS}:")
+    assert steps_of(finished) == [4, 5]
+    assert {path.name for path in (finished / "checkpoints" / "step_000005").iterdir()} >= {
+        "config.json", "model.safetensors", "tokenizer.json", "trainer_state.json", "optimizer.pt", "sink.jsonl"}
+    log = (finished / "log.txt").read_text()
+    assert f"python tools/report.py {finished}" in log
+    assert re.search(r"^before .*\nafter ", log, re.MULTILINE)
 
 
-def test_every_metric_is_defined_in_the_readme():
-    readme = (ROOT / "README.md").read_text()
-    for name in [*METRICS, "eval/avg_at_k", "eval/pass_at_k"]:
-        assert f"| `{name}` |" in readme, name
+def test_every_metric_is_defined_in_the_docs():
+    (page,) = (path for path in (ROOT / "docs" / "run_folder.md", ROOT / "README.md")
+               if path.exists() and "| `policy/loss` |" in path.read_text())
+    assert set(re.findall(r"^\| `(\w+(?:/\w+)?)` \|", page.read_text(), re.MULTILINE)) >= METRICS
 
 
 def test_checkpoint_is_a_hugging_face_model(finished):
-    folder = finished / "checkpoints" / "step_000009"
+    folder = finished / "checkpoints" / "step_000005"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "1 + 2"}], add_generation_prompt=True,
                                            return_tensors="pt", return_dict=True)
     assert model.generate(**prompt, max_new_tokens=5, do_sample=False).shape[1] <= prompt["input_ids"].shape[1] + 5
 
 
-def test_report_command_writes_a_page_of_several_runs(finished, run_train, tmp_path):
-    run_report = functools.partial(run_train, script="tools/report.py")
-    result = run_report(finished, finished, "--out", tmp_path / "both.html")
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "both.html").read_text().startswith("<!doctype html>")
-    assert run_report(finished).stdout == f"{finished / 'report.html'}\n"
-    for name, step in (("old", 1), ("new", 2)):
-        shutil.copytree(finished, tmp_path / "runs" / name, ignore=shutil.ignore_patterns("checkpoints"))
-        os.utime(tmp_path / "runs" / name / "metrics.jsonl", (step, step))
-    assert run_report(cwd=tmp_path).stdout == "runs/new/report.html\n"
-
-
-def test_plan_of_a_run_stands_beside_what_it_measured(finished, run_train):
-    result = run_train("--run", finished, "--gpu-memory", 1.5, script="tools/plan.py")
-    assert result.returncode == 0, result.stderr
-    for phase, metric in (("rollout", "memory/rollout_gib"), ("backward", "memory/update_gib")):
-        most = max(step[metric] for step in lines(finished / "metrics.jsonl"))
-        assert re.search(rf"^{phase} .* \({most:.1f} measured\)", result.stdout, re.MULTILINE)
+def test_the_toy_preset_is_a_run_like_any_other():
+    toy_run = PRESETS["toy"]
+    assert all(Path(name).exists() for name in (toy_run.model, toy_run.data, toy_run.eval_data))
+    named = train.read_config([])
+    assert named.preset == "toy"
+    assert named.mismatch == "ignore"
+    assert train.read_config(["--data", "own.jsonl"]).eval_data is None  # which belongs to the toy's data
 
 
 # ------------------------------------------------------------------------- resume
 
 
-def wait_for_step(folder: Path, step: int, process: Script) -> None:
-    path = folder / "metrics.jsonl"
-    while process.poll() is None and (not path.exists() or len(path.read_text().splitlines()) < step):
-        time.sleep(0.02)
+def test_longer_training_of_a_finished_run_at_another_rate(copy):
+    start("--resume", copy, "--steps", STEPS + 1, "--lr", 5e-5)
+    metrics = lines(copy / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == list(range(1, STEPS + 2))
+    assert [m["optim/lr"] for m in metrics[-2:]] == [PRESETS["toy"].lr, 5e-5]
+    assert [e["step"] for e in lines(copy / "evaluations.jsonl")] == [0, 2, 4, 5, 6]
+    assert steps_of(copy) == [5, 6]
 
 
-def test_killed_run_resumes_bit_identical(finished, environment, run_train, tmp_path):
-    """Killed without warning after step 3 of 9: step 3 is repeated from the checkpoint of step 2."""
-    folder = tmp_path / "killed"
-    process = Script([*SMALL, "--steps", STEPS, "--run-dir", folder], environment)
-    wait_for_step(folder, 3, process)
-    process.kill()
-    process.wait()
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) < STEPS
-    result = run_train("--resume", folder)
-    assert result.returncode == 0, result.stderr
-    assert_same_run(finished, folder, STEPS)
+def test_a_resume_may_end_the_run_earlier_or_change_the_temperature(copy):
+    start("--resume", copy, "--stages", "3:1.0:24")
+    assert len(lines(copy / "metrics.jsonl")) == STEPS
+    start("--resume", copy, "--stages", f"{STEPS + 1}:1.3:24")
+    assert lines(copy / "metrics.jsonl")[-1]["sampling/temperature"] == 1.3
 
 
-def test_interrupted_run_saves_and_says_how_to_go_on(finished, environment, run_train, tmp_path):
-    folder = tmp_path / "interrupted"
-    process = Script([*SMALL, "--steps", STEPS, "--run-dir", folder], environment)
-    wait_for_step(folder, 1, process)
-    process.send_signal(signal.SIGINT)
-    ended = process.wait()
-    assert ended.returncode == 0, ended.stderr
-    assert f"python train.py --resume {folder}" in ended.stdout
-    done = len(lines(folder / "metrics.jsonl"))
-    assert 1 <= done < STEPS
-    assert (folder / "checkpoints" / f"step_{done:06d}").is_dir()
-    assert run_train("--resume", folder).returncode == 0
-    assert_same_training(finished, folder, STEPS)  # an evaluation may have been dropped
+@pytest.mark.parametrize("option", ["--seed 5", "--model nowhere", "--data nowhere.jsonl", "--optimizer sgd",
+                                    "--lora-rank 4", "--eval-problems 4", "--prompt-suffix now"])
+def test_what_a_resume_cannot_change_is_named(finished, option):
+    name, value = option.removeprefix("--").replace("-", "_").split()
+    with pytest.raises(UserError, match=f"{name} is {value}: in this run"):
+        start("--resume", finished, *option.split())
 
 
-def test_a_second_process_in_a_run_is_refused_until_the_first_is_dead(finished, environment, run_train, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(finished, copy)
-    first = Script(["--resume", copy, "--steps", 500], environment)
-    wait_for_step(copy, STEPS + 1, first)
-    second = run_train("--resume", copy, "--steps", STEPS + 4)
-    assert second.returncode == 2
-    assert f"run folder {copy}: another process is training in it" in second.stderr
-    assert first.poll() is None
-    first.kill()
-    first.wait()
-    assert run_train("--resume", copy, "--steps", STEPS + 4).returncode == 0
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.pt", "config.json", "sha256.json"])
-@pytest.mark.parametrize("harm", ["cut", "flip", "delete"])
-def test_damage_of_a_checkpoint_is_found_by_its_content(finished, tmp_path, name, harm):
-    copy = tmp_path / "copy"
-    shutil.copytree(finished / "checkpoints" / f"step_{STEPS:06d}", copy)
-    (copy / "notes.txt").write_text("a user's own file does no harm")
-    assert train.damage(copy) is None
-    content = bytearray((copy / name).read_bytes())
-    content[len(content) // 2] ^= 1
-    {"cut": lambda: (copy / name).write_bytes(content[:-9]), "flip": lambda: (copy / name).write_bytes(content),
-     "delete": (copy / name).unlink}[harm]()
-    fault = train.damage(copy)
-    assert fault is not None
-    assert name in fault or name == "sha256.json"  # which another file may then seem to disagree with
-
-
-def test_damaged_checkpoint_is_put_aside_and_the_one_before_it_used(finished, run_train, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(finished, copy)
-    newest, before = (copy / "checkpoints" / f"step_{step:06d}" for step in (STEPS, STEPS - 1))
-    (newest / "model.safetensors").write_bytes(b"")
-    result = run_train("--resume", copy)
-    assert result.returncode == 0, result.stderr
-    shown = "".join(result.stdout.split())  # whatever the width of the terminal
-    assert "step_000009isdamaged(model.safetensorsismissingornotasitwassaved)" in shown
-    assert_same_run(finished, copy, STEPS)
-    assert (copy / "checkpoints" / "damaged_step_000009").is_dir()
-    for checkpoint in (copy / "checkpoints").glob("step_*"):
-        (checkpoint / "trainer_state.pt").unlink()
-    result = run_train("--resume", copy)
-    assert result.returncode == 2
-    assert "every checkpoint in it is damaged" in result.stderr
-    assert before.with_name(f"damaged_{before.name}").is_dir()  # nothing is deleted
-
-
-def test_longer_training_of_a_finished_run(finished, run_train, tmp_path):
-    folder = tmp_path / "longer"
-    shutil.copytree(finished, folder)
-    result = run_train("--resume", folder, "--steps", STEPS + 1, "--lr", 5e-5)
-    assert result.returncode == 0, result.stderr
-    assert [m["step"] for m in lines(folder / "metrics.jsonl")] == list(range(1, STEPS + 2))
-
-
-def test_a_resume_may_end_the_run_earlier_or_change_the_temperature(finished, run_train, tmp_path):
-    folder = tmp_path / "shorter"
-    shutil.copytree(finished, folder)
-    result = run_train("--resume", folder, "--stages", "5:1.0:40")
-    assert result.returncode == 0, result.stderr
-    assert len(lines(folder / "metrics.jsonl")) == STEPS
-    result = run_train("--resume", folder, "--stages", f"{STEPS + 1}:1.3:40")
-    assert result.returncode == 0, result.stderr
-    assert lines(folder / "metrics.jsonl")[-1]["sampling/temperature"] == 1.3
-
-
-def test_log_lines_after_the_checkpoint_are_dropped_and_a_cut_line_too(finished, run_train, tmp_path):
-    folder = tmp_path / "cut"
-    shutil.copytree(finished, folder)
-    shutil.rmtree(folder / "checkpoints" / "step_000009")
+def test_log_lines_after_the_checkpoint_come_again(finished, copy):
+    """Also lines that a kill has cut, and an evaluation that did not come to its end."""
+    shutil.rmtree(copy / "checkpoints" / "step_000005")
+    path = copy / "evaluations.jsonl"
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if '"step": 4' not in line))
     for name in ("metrics.jsonl", "rollouts.jsonl", "scores.jsonl"):
-        with (folder / name).open("a") as file:
-            file.write('{"step": 9, "id": "cut o')
-    result = run_train("--resume", folder)
-    assert result.returncode == 0, result.stderr
-    assert_same_run(finished, folder, STEPS)
+        with (copy / name).open("a") as file:
+            file.write('{"step": 5, "id": "cut o')
+    start("--resume", copy)
+    assert_same_run(finished, copy)
 
 
-def test_switched_off_mechanisms_do_nothing_and_a_tracker_listens(run_train, tmp_path):
-    folder = tmp_path / "plain"
-    result = run_train(*SMALL, "--steps", 2, "--no-rescue", "--no-substitute", "--track", "tensorboard",
-                       "--run-dir", folder)
-    assert result.returncode == 0, result.stderr
-    assert list((folder / "tensorboard").glob("events*"))
-    assert all(m["batch/rescued"] == m["batch/substituted"] == 0 for m in lines(folder / "metrics.jsonl"))
+# --------------------------------------------------------------- mechanisms and stages
 
 
-# ------------------------------------------------------------ the data of the toy world
+def test_switched_off_mechanisms_do_nothing(sums, tmp_path):
+    start(*SMALL, "--data", sums, "--stages", "2:1.0:24", "1:1.0:24", "--eval-every", "-1", "--no-rescue",
+          "--no-substitute", "--mastered-above", 1, "--run-dir", tmp_path / "run")
+    assert all(m["batch/rescued"] == m["batch/substituted"] == 0 for m in lines(tmp_path / "run" / "metrics.jsonl"))
+    assert "stage 2: 0 problems are mastered" in (tmp_path / "run" / "log.txt").read_text()
+    assert all(r["weight"] == 1 for r in lines(tmp_path / "run" / "rollouts.jsonl"))
 
 
-def test_toy_training_and_held_out_problems_are_disjoint():
-    for seed in range(3):
-        training, evaluation = train.load_data(Config(seed=seed))
-        assert not {p.text for p in training} & {p.text for p in evaluation}
-        assert len(evaluation) == 128
+def test_stages_of_the_command_line_and_mastered_problems(sums, tmp_path):
+    """Two stages; with --mastered-above 0 every problem with a correct rollout leaves between them."""
+    run = tmp_path / "run"
+    start(*SMALL, "--data", sums, "--stages", "2:1.0:24", "1:1.2:26", "--mastered-above", 0, "--eval-every", "-1",
+          "--run-dir", run)
+    metrics = lines(run / "metrics.jsonl")
+    assert [(m["stage"], m["sampling/temperature"]) for m in metrics] == [(1, 1.0), (1, 1.0), (2, 1.2)]
+    assert json.loads((run / "config.json").read_text())["stages"] == ["2:1.0:24", "1:1.2:26"]
+    solved = {s["id"] for s in lines(run / "scores.jsonl") if s["step"] <= 2 and s["score"] > 0}
+    assert f"stage 2: {len(solved)} problems are mastered and leave" in (run / "log.txt").read_text()
+    assert not solved & {s["id"] for s in lines(run / "scores.jsonl") if s["step"] == 3}
+    start("--resume", run, "--stages", "9:1.0:24")  # in the second stage, of which there is none now
+    assert lines(run / "metrics.jsonl") == metrics
 
 
-def test_toy_warm_start_sees_no_held_out_problem(environment, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", environment["XDG_CACHE_HOME"])
-    seen: list[str] = []
-    real = data.encode_example
+def test_auto_temperatures_and_reset_are_the_same_after_a_resume(monkeypatch, tmp_path):
+    """Two auto stages; rescue has something to do, as problems come again. A run ends before a step is saved."""
+    straight, real = tmp_path / "straight", train.log_step
+    even = even_sums(tmp_path / "even.jsonl", 24)
+    options = [*SMALL, "--data", even, "--stages", "3:auto:24", "2:auto:26:reset", "--probe-problems", 4,
+               "--probe-temperatures", "0.6:1.2:0.3", "--mastered-above", 1, "--no-substitute"]
+    start(*options, "--keep-checkpoints", 9, "--run-dir", straight)
+    metrics, probes = lines(straight / "metrics.jsonl"), lines(straight / "probes.jsonl")
+    assert list(probes[0]["accuracy"]) == ["0.6", "0.9", "1.2"]
+    assert [(p["stage"], p["step"]) for p in probes] == [(1, 1), (2, 4)]
+    assert {(m["stage"], m["sampling/temperature"]) for m in metrics} == {(p["stage"], p["chosen"]) for p in probes}
+    optimizers = {step: torch.load(straight / "checkpoints" / f"step_{step:06d}" / "optimizer.pt")["optimizer"]
+                  for step in (3, 4)}
+    assert optimizers[3][0]["step"] > optimizers[4][0]["step"] == 1  # the second stage began anew
+    for step in (2, 4, 5):
+        resumed = tmp_path / f"resumed-{step}"
 
-    def spy(example, tokenizer, **options):
-        seen.append(example.problem)
-        return real(example, tokenizer, **options)
+        def log_step(run, *others, last=step):
+            real(run, *others)
+            if run.state.step == last:
+                raise SystemExit("as if killed")
 
-    monkeypatch.setattr(data, "encode_example", spy)
-    config = Config(**{**vars(PRESETS["toy"]), "warmup_steps": 3, "seed": 11})
-    _, evaluation = train.load_data(config)
-    train.toy_model_folder(config, evaluation, train.Display())
-    assert len(seen) == 3 * config.warmup_batch
-    assert not set(seen) & {p.text for p in evaluation}
+        monkeypatch.setattr(train, "log_step", log_step)
+        with pytest.raises(SystemExit, match="as if killed"):
+            start(*options, "--run-dir", resumed)
+        monkeypatch.undo()
+        start("--resume", resumed)
+        assert_same_run(straight, resumed)
+        assert lines(resumed / "probes.jsonl") == probes
 
 
-# ------------------------------------------------------------------- other real input
+def test_no_temperature_can_be_chosen_where_nothing_is_right(finished, tmp_path):
+    wrong = write_problems(tmp_path / "wrong.jsonl", [Problem("", "1 + 1", ("7777",)), Problem("", "1 + 2", ("888",))])
+    with pytest.raises(UserError, match="accuracy is 0 at every temperature"):
+        start(*SHORT, "--data", wrong, "--prompts-per-step", 2, "--eval-every", "-1", "--temperature", "auto",
+              "--probe-temperatures", "1", "--run-dir", tmp_path / "run")
 
 
-@pytest.fixture(scope="session")
-def base_model(tmp_path_factory, finished) -> Path:
-    """A checkpoint as somebody else's model, without a chat template."""
+# ---------------------------------------------------------------------- models and memory
+
+
+@pytest.fixture(scope="module")
+def base_model(tmp_path_factory) -> Path:
+    """The toy model as somebody else's base model, without a chat template."""
     folder = tmp_path_factory.mktemp("models") / "base"
-    source = finished / "checkpoints" / "step_000009"
-    AutoModelForCausalLM.from_pretrained(source).save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    AutoModelForCausalLM.from_pretrained(PRESETS["toy"].model).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(PRESETS["toy"].model)
     tokenizer.chat_template = None
     tokenizer.save_pretrained(folder)
     return folder
 
 
-@pytest.fixture(scope="session")
-def sums(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    rows = [{"problem": p.text, "answer": p.answers[0]} for p in data.toy_problems(60, seed=5)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+def test_base_model_with_lora_and_8_bit_adam(base_model, monkeypatch, tmp_path):
+    even = even_sums(tmp_path / "even.jsonl", 24)
+    monkeypatch.chdir(tmp_path)
+    Path("coin.py").write_text(COIN)
+    run, straight = tmp_path / "lora", tmp_path / "straight"
+    options = ["--preset", "toy", "--model", base_model, "--data", even, *SHORT, "--lora-rank", 4, "--optimizer",
+               "adamw8bit", "--updates-per-batch", 2, "--gradient-checkpointing", "--checkpoint-every", 2,
+               "--eval-every", 2, "--reward", "coin:score"]
+    start(*options, "--steps", 2, "--run-dir", run)
+    adapter = run / "checkpoints" / "step_000002"
+    assert (adapter / "adapter_model.safetensors").is_file()
+    start("--resume", run, "--steps", 3)
+    start(*options, "--steps", 3, "--run-dir", straight)
+    assert_same_run(straight, run)
+    trained = load_file(run / "checkpoints" / "step_000003" / "adapter_model.safetensors")
+    assert any(value.any() for name, value in trained.items() if "lora_B" in name)
 
-
-def test_base_model_with_warm_start_examples_lora_and_8_bit_adam(base_model, sums, run_train, tmp_path):
-    worked = tmp_path / "worked.jsonl"
-    rows = [{"problem": p.text, "response": data.toy_response(p, None)} for p in data.toy_problems(6, seed=6)]
-    worked.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    folder = tmp_path / "lora"
-    options = ["--model", base_model, "--data", sums, *SMALL, "--prompt-suffix", "", "--warmup", worked,
-               "--prompt-examples", worked, "--lora-rank", 4, "--optimizer", "adamw8bit", "--max-prompt-tokens", 2000,
-               "--warmup-steps", 3, "--updates-per-batch", 2, "--run-dir", folder]
-    result = run_train(*options, "--steps", 2, "--gradient-checkpointing")
-    assert result.returncode == 0, result.stderr
-    assert (folder / "checkpoints" / "step_000002" / "adapter_model.safetensors").is_file()
-    model = AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "step_000002")
-    assert any("lora_A" in name for name, _ in model.named_parameters())
-    result = run_train("--resume", folder, "--steps", 3)
-    assert result.returncode == 0, result.stderr
-    straight = tmp_path / "straight"
-    assert run_train(*options[:-1], straight, "--steps", 3, "--gradient-checkpointing").returncode == 0
-    assert_same_run(straight, folder, 3)
-
-    adapter = folder / "checkpoints" / "step_000003"  # as a model of the other commands: merged into its base
-    merged = load_model(str(adapter), dtype=torch.float32, device=torch.device("cpu"))
+    merged = load_model(str(adapter), Common(device="cpu"), torch.float32)  # as a model of the other commands
     tokens = torch.tensor([[5, 9, 4, 7]])
     with torch.no_grad():
         assert torch.allclose(merged(tokens).logits, AutoModelForCausalLM.from_pretrained(adapter)(tokens).logits,
                               atol=1e-5)
-    result = run_train("eval", "--model", adapter, "--data", sums, "--problems", 4, "--rollouts", 2,
-                       "--max-response-tokens", 20, "--out", tmp_path / "eval", script="tools/evaluate.py")
-    assert result.returncode == 0, result.stderr
+    evaluate.main(["eval", "--model", str(adapter), "--data", str(even), "--problems", "4", "--rollouts", "2",
+                   "--max-response-tokens", "20", "--out", str(tmp_path / "eval")])
+    with pytest.raises(UserError, match="LoRA adapter"):
+        start(*options, "--model", adapter, "--run-dir", tmp_path / "second")
 
 
-def test_all_that_saves_memory_at_once_and_a_resume_that_changes_nothing(run_train, tmp_path):
-    """Bfloat16 weights are rounded by chance, which follows from seed and step."""
-    options = [*SMALL, "--trained-weights", "bfloat16", "--optimizer", "adamw8bit", "--offload-optimizer",
-               "--offload-policy", "--gradient-checkpointing", "--offload-activations", "--mlp-chunk-tokens", 16,
-               "--no-substitute", "--lr", "1e-5"]
-    assert run_train(*options, "--steps", 4, "--run-dir", tmp_path / "straight").returncode == 0
-    assert run_train(*options, "--steps", 2, "--run-dir", tmp_path / "stopped").returncode == 0
-    result = run_train("--resume", tmp_path / "stopped", "--steps", 4)
-    assert result.returncode == 0, result.stderr
-    assert weights(tmp_path / "straight", 4)["model.norm.weight"].dtype == torch.bfloat16
-    assert_same_run(tmp_path / "straight", tmp_path / "stopped", 4)
+@pytest.mark.parametrize("options", [
+    ["--optimizer", "adamw8bit", "--offload-policy", "--gradient-checkpointing", "--offload-activations",
+     "--logprob-chunk-tokens", "16"],
+    ["--dtype", "float16"],
+], ids=["memory", "float16"])
+def test_a_resume_changes_nothing(tmp_path, options):
+    """With all that saves memory at once; with a loss scale, which is in the checkpoint."""
+    even = even_sums(tmp_path / "even.jsonl", 24)
+    options = [*SHORT, "--data", even, "--eval-every", 2, "--no-substitute", *options]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    start(*options, "--steps", 3, "--run-dir", straight)
+    start(*options, "--steps", 2, "--run-dir", stopped)
+    start("--resume", stopped, "--steps", 3)
+    assert_same_run(straight, stopped)
+    assert any(m["optim/grad_norm"] for m in lines(straight / "metrics.jsonl"))
 
 
-def test_stages_of_the_command_line_and_mastered_problems(run_train, tmp_path):
-    """Two stages; with --mastered-above 0 every problem with a correct rollout leaves between them."""
-    folder = tmp_path / "stages"
-    result = run_train(*SMALL, "--stages", "2:1.0:40", "1:1.2:44", "--mastered-above", 0, "--run-dir", folder)
-    assert result.returncode == 0, result.stderr
-    metrics = lines(folder / "metrics.jsonl")
-    assert [(m["stage"], m["sampling/temperature"]) for m in metrics] == [(1, 1.0), (1, 1.0), (2, 1.2)]
-    solved = {s["id"] for s in lines(folder / "scores.jsonl") if s["step"] <= 2 and s["score"] > 0}
-    assert f"stage 2: {len(solved)} problems are mastered and leave" in result.stdout
-    assert not solved & {s["id"] for s in lines(folder / "scores.jsonl") if s["step"] == 3}
-    result = run_train("--resume", folder, "--stages", "9:1.0:40")  # in the second stage, of which there is none now
-    assert result.returncode == 0, result.stderr
-    assert lines(folder / "metrics.jsonl") == metrics
+# ------------------------------------------------------------------- problems and rewards
 
 
-def test_auto_temperatures_plateau_and_reset_are_the_same_after_a_resume(base_model, run_train, tmp_path):
-    """Two auto stages, the first ended by a plateau; rescue has something to do, as problems come again."""
-    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    even = even_sums(tmp_path / "even.jsonl", 60)
-    stages = ["--stages", "6:auto:40:plateau", "3:auto:48:reset", "--plateau-window", 1, "--probe-problems", 4,
-              "--probe-temperatures", "0.6:1.2:0.3", "--mastered-above", 1, "--no-substitute"]
-    result = run_train("--model", base_model, "--data", even, *SMALL, "--eval-problems", 44,
-                       "--prompt-suffix", "", "--checkpoint-every", 1, "--keep-checkpoints", 99, *stages,
-                       "--run-dir", straight)
-    assert result.returncode == 0, result.stderr
-    metrics, probes = lines(straight / "metrics.jsonl"), lines(straight / "probes.jsonl")
-    ended = next(m["step"] for m in metrics if m["stage"] == 2) - 1
-    rewards = [m["reward/mean"] for m in metrics[:ended]]
-    assert ended == 6 or rewards[-1] <= rewards[-2]
-    assert all(b > a for a, b in itertools.pairwise(rewards[:-1]))  # until then it rose
-    assert list(probes[0]["accuracy"]) == ["0.6", "0.9", "1.2"]
-    assert {(m["stage"], m["sampling/temperature"]) for m in metrics} == {(p["stage"], p["chosen"]) for p in probes}
-    assert len(metrics) == ended + 3
-    for kept in (1, ended, ended + 1):
-        shutil.rmtree(resumed, ignore_errors=True)
-        shutil.copytree(straight, resumed)
-        for checkpoint in sorted((resumed / "checkpoints").iterdir())[kept:]:
-            shutil.rmtree(checkpoint)
-        assert run_train("--resume", resumed).returncode == 0
-        assert_same_run(straight, resumed, len(metrics))
-        assert lines(resumed / "probes.jsonl") == probes
-
-
-def test_offline_pass_rates_are_the_first_scores(base_model, run_train, tmp_path):
-    rows = [{"problem": p.text, "answer": p.answers[0], "difficulty": f"{i % 8}/8"}
-            for i, p in enumerate(data.toy_problems(30, seed=5))]
-    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = run_train("--model", base_model, "--data", tmp_path / "scored.jsonl", *SMALL, "--steps", 1,
-                       "--run-dir", tmp_path / "run")
-    assert result.returncode == 0, result.stderr
+def test_offline_pass_rates_are_the_first_scores(tmp_path):
+    problems = write_problems(tmp_path / "scored.jsonl", toy.toy_problems(30, seed=5, terms=[2]),
+                              difficulty=[f"{i % 8}/8" for i in range(30)])
+    start(*SHORT, "--data", problems, "--steps", 1, "--run-dir", tmp_path / "run")
     scores = lines(tmp_path / "run" / "scores.jsonl")
     assert [s["step"] for s in scores] == [0] * 22 + [1] * 8
     assert sum(report.known_difficulty(tmp_path / "run", 0)) == sum(report.known_difficulty(tmp_path / "run", 1)) == 22
 
 
-def test_without_evaluation_nothing_is_held_out():
-    training, evaluation = train.load_data(Config(eval_every=-1))
-    assert (len(training), evaluation) == (data.TOY_PROBLEMS, [])
-
-
-def test_dropped_evaluation_is_made_up_for_by_a_resume(finished, run_train, tmp_path):
-    folder = tmp_path / "no_evaluation"
-    shutil.copytree(finished, folder)
-    path = folder / "evaluations.jsonl"
-    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if '"step": 9' not in line))
-    assert run_train("--resume", folder).returncode == 0
-    assert lines(path) == lines(finished / "evaluations.jsonl")
-
-
-def test_parquet_in_verl_layout_trains(base_model, run_train, tmp_path):
+def test_parquet_in_verl_layout_trains(tmp_path):
     import pyarrow
     from pyarrow import parquet
 
     rows = [{"prompt": [{"role": "user", "content": p.text}], "reward_model": {"ground_truth": p.answers[0]},
-             "extra_info": {"index": i}} for i, p in enumerate(data.toy_problems(40, seed=5))]
+             "extra_info": {"index": i}} for i, p in enumerate(toy.toy_problems(40, seed=5, terms=[2]))]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "verl.parquet")
-    result = run_train("--model", base_model, "--data", tmp_path / "verl.parquet", *SMALL, "--steps", 1,
-                       "--optimizer", "sgd", "--run-dir", tmp_path / "run")
-    assert result.returncode == 0, result.stderr
+    start(*SHORT, "--data", tmp_path / "verl.parquet", "--eval-every", "-1", "--steps", 1, "--optimizer", "sgd",
+          "--run-dir", tmp_path / "run")
     assert {r["id"] for r in lines(tmp_path / "run" / "rollouts.jsonl")} <= {str(i) for i in range(40)}
-
-
-# ---------------------------------------------------------------------------- bad input
 
 
 DIGITS = '''
@@ -451,11 +353,11 @@ def score(response, answer, problem):
 '''
 
 
-def test_reward_of_ones_own_trains_the_toy(run_train, tmp_path):
+def test_reward_of_ones_own_trains_the_toy(sums, monkeypatch, tmp_path):
     (tmp_path / "digits.py").write_text(DIGITS)
-    result = run_train(*SMALL, "--run-dir", "run", "--steps", "3", "--eval-every", "-1", "--reward", "digits:score",
-                       "--no-substitute", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    monkeypatch.chdir(tmp_path)
+    start(*SHORT, "--data", sums, "--run-dir", "run", "--steps", 2, "--eval-every", "-1", "--reward", "digits:score",
+          "--no-substitute")
     scope: dict[str, object] = {}
     exec(DIGITS, scope)
     rollouts = lines(tmp_path / "run" / "rollouts.jsonl")
@@ -470,11 +372,13 @@ def test_reward_of_ones_own_trains_the_toy(run_train, tmp_path):
     assert metrics[0]["reward/mean"] == pytest.approx(sum(first) / len(first))
 
 
-def test_process_reward_is_saved_and_without_underlines_changes_nothing(finished, run_train, tmp_path):
-    core = ["--process-reward", "core", "--min-overlap", "0.5", "--prompt-suffix", r"\underline{}"]
-    run = tmp_path / "core"
-    assert run_train(*SMALL, "--steps", 2, "--run-dir", run, *core).returncode == 0
-    assert run_train("--resume", run, "--steps", STEPS).returncode == 0
-    assert_same_training(finished, run, STEPS)
-    saved = torch.load(run / "checkpoints" / f"step_{STEPS:06d}" / "trainer_state.pt", weights_only=True)
-    assert set(saved["consensus"]) == {line["id"] for line in lines(run / "rollouts.jsonl")}
+def test_process_reward_is_saved_and_without_underlines_changes_nothing(sums, tmp_path):
+    core, none = tmp_path / "core", tmp_path / "none"
+    options = [*SHORT, "--data", sums, "--eval-every", 2, "--prompt-suffix", r"\underline", "--max-prompt-tokens", 99]
+    start(*options, "--steps", 2, "--process-reward", "core", "--run-dir", core)
+    start("--resume", core, "--steps", 3)
+    start(*options, "--steps", 3, "--run-dir", none)
+    assert_same_run(core, none)
+    (_, folder) = sorted((core / "checkpoints").iterdir())
+    saved = json.loads((folder / "trainer_state.json").read_text())
+    assert saved["consensus"] == {line["id"]: [] for line in lines(core / "rollouts.jsonl")}
