@@ -18,20 +18,23 @@ import torch
 from conftest import lines, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import data
 import difficulty
 import evaluate
 import rollout
-from data import DataError
-from evaluate import PUBLISHED_ROLLOUTS, Eval, by_length, by_limit
-from polaris_mini import yarn_config
-from rollout import Evaluation, Measured, Outcome, ProbeCurves
+import toy
+from data import UserError
+from evaluate import PUBLISHED_ROLLOUTS, Eval, by_length, by_limit, fixed_length_distinct_4, yarn_config
+from polaris_mini import Common, Group, Problem, Rollout
+from reward import RewardPool
+from rollout import Evaluation, ProbeCurves
 
-ROOT = Path(rollout.__file__).parent
+TOY_WORLD = Path(toy.__file__).parent / "toy_world"
 BENCHMARKS = Path(__file__).parents[2] / "shared" / "assets" / "benchmarks"
 needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the shared assets are not here")
-TOKENIZER = data.toy_tokenizer()
+TOKENIZER = toy.toy_tokenizer()
 SUMS = ["1 + 1", "1 + 2", "2 + 1", "3 + 4"]
 
 
@@ -69,7 +72,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def run(name: str, model: Path, *arguments: object) -> None:
     evaluate.main([name, "--model", str(model), "--max-response-tokens", "16", "--rollouts-per-batch", "8",
-                   *map(str, arguments)])  # fmt: skip
+                   "--prompt-suffix", "", *map(str, arguments)])  # fmt: skip
 
 
 def strict(path: Path) -> dict[str, Any]:
@@ -80,18 +83,21 @@ def strict(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(), parse_constant=refuse)
 
 
-def measured(rewards: list[float], tokens: list[int] | None = None, texts: list[str] | None = None) -> Measured:
+def group(rewards: list[float], tokens: list[int] | None = None, texts: list[str] | None = None) -> Group:
+    """Make rollouts with so many tokens each; those with 100 or more were cut."""
     tokens, texts = tokens or [10] * len(rewards), texts or [""] * len(rewards)
-    outcomes = tuple(Outcome(r, "", n, n >= 100, text) for r, n, text in zip(rewards, tokens, texts, strict=True))
-    return Measured("p", "1?", ("1",), None, statistics.fmean(rewards), outcomes, {})
+    return Group(Problem("p", "1?", ("1",)), [
+        Rollout("p", (), [7] * n, [-1.0] * n, text, "length" if n >= 100 else "stop", reward)
+        for reward, n, text in zip(rewards, tokens, texts, strict=True)
+    ])  # fmt: skip
 
 
 # ---------------------------------------------------------------------- what is computed
 
 
 def test_evaluation_of_known_outcomes():
-    found = [measured([1, 0, 0, 0], [10, 20, 30, 100], ["a b c d e", "a b c d f", "", ""]), measured([1] * 4),
-             measured([0] * 4), measured([1, 1, 0, 0])]  # fmt: skip
+    found = [group([1, 0, 0, 0], [10, 20, 30, 100], ["a b c d e", "a b c d f", "", ""]), group([1] * 4),
+             group([0] * 4), group([1, 1, 0, 0])]  # fmt: skip
     result = Evaluation.of(found)
     rates = [0.25, 1, 0, 0.5]
     assert (result.problems, result.k, result.avg_at_k) == (4, 4, pytest.approx(0.4375))
@@ -104,13 +110,13 @@ def test_evaluation_of_known_outcomes():
 
 def test_interval_is_over_problems_not_rollouts():
     """Rollouts of a problem are not independent: more of the same ones make the interval no narrower."""
-    few, many = ([measured([1] * k), measured([0] * k), measured([1] * k)] for k in (2, 64))
+    few, many = ([group([1] * k), group([0] * k), group([1] * k)] for k in (2, 64))
     assert Evaluation.of(many).interval == Evaluation.of(few).interval > 0.5
     assert math.isnan(Evaluation.of(few[:1]).interval)
 
 
 def test_by_length_counts_every_response_once():
-    found = [measured([1, 0, 1], [5, 10, 11]), measured([0, 1, 1], [10, 20, 100])]
+    found = [group([1, 0, 1], [5, 10, 11]), group([0, 1, 1], [10, 20, 100])]
     assert by_length(found, (10, 20)) == [(pytest.approx(1 / 3), 3), (1.0, 2), (1.0, 1)]
     assert by_length(found, ()) == [(pytest.approx(4 / 6), 6)]
     [(_, count), (accuracy, none)] = by_length(found, (200,))
@@ -119,22 +125,28 @@ def test_by_length_counts_every_response_once():
 
 
 def test_by_limit_counts_what_is_cut_as_wrong():
-    found = [measured([1, 0, 1], [5, 10, 11]), measured([0, 1, 1], [10, 20, 100])]
+    found = [group([1, 0, 1], [5, 10, 11]), group([0, 1, 1], [10, 20, 100])]
     assert by_limit(found, (4, 5, 11, 99, 100)) == [0, *(pytest.approx(n / 6) for n in (1, 2, 3, 4))]
 
 
 def test_probe_curves_of_known_outcomes():
     varied = ["a b c d e", "f g h i j"]
-    found = {0.5: [measured([1, 1], texts=["a b c d e"] * 2), measured([1, 0], texts=["a b c d e"] * 2)],
-             1.0: [measured([1, 0], texts=varied), measured([0, 0], texts=["a b c", "d"])]}  # fmt: skip
-    curves = ProbeCurves.of(found, 5)
+    found = {0.5: [group([1, 1], texts=["a b c d e"] * 2), group([1, 0], texts=["a b c d e"] * 2)],
+             1.0: [group([1, 0], texts=varied), group([0, 0], texts=["a b c", "d"])]}  # fmt: skip
+    curves = ProbeCurves.of(found)
     assert curves.accuracy == {0.5: 0.75, 1.0: 0.25}
     assert curves.noise == {0.5: 0, 1.0: 0}  # both problems differ by the same: that pair says more than two means
     assert curves.distinct_4 == {0.5: 0.5, 1.0: 0.5}
-    assert curves.distinct_4_fixed == {0.5: 0.5, 1.0: 1.0}  # without the problem of short responses
-    assert all(math.isnan(value) for value in ProbeCurves.of(found, 6).distinct_4_fixed.values())
-    found[1.0][1] = measured([1, 0])
-    assert ProbeCurves.of(found, 5).noise[1.0] == pytest.approx(statistics.stdev([0.5, 0]) / 2**0.5)
+    found[1.0][1] = group([1, 0])
+    assert ProbeCurves.of(found).noise[1.0] == pytest.approx(statistics.stdev([0.5, 0]) / 2**0.5)
+
+
+def test_distinct_4_at_a_fixed_length_looks_at_long_enough_responses_only():
+    groups = [group([0, 0], texts=["a b c d e x x x", "a b c d e y"]), group([0, 0], texts=["a b c d e", "b c d e"])]
+    assert fixed_length_distinct_4(groups[:1], 5) == 0.5  # the same two 4-grams twice
+    assert fixed_length_distinct_4(groups, 5) == 0.5  # without the problem of short responses
+    assert fixed_length_distinct_4(groups, 4) == 0.75
+    assert math.isnan(fixed_length_distinct_4(groups, 7))
 
 
 # ------------------------------------------------------------------------------ measure
@@ -161,11 +173,12 @@ def test_measure_writes_pass_rates_that_load(model: Path, sums: Path, tmp_path: 
     assert [problem.id for problem in kept] == [text for text in SUMS if problems[text].pass_rate]
 
 
-def test_measure_of_some_toy_problems(model: Path, tmp_path: Path):
-    run("measure", model, "--problems", 4, "--rollouts", 2, "--out", tmp_path / "new" / "scores.jsonl")
+def test_measure_of_some_problems(model: Path, tmp_path: Path):
+    some = ("measure", model, "--data", TOY_WORLD / "held_out.jsonl", "--problems", 4, "--rollouts", 2, "--out")
+    run(*some, tmp_path / "new" / "scores.jsonl")
     found = [row["id"] for row in lines(tmp_path / "new" / "scores.jsonl")]
     assert len(set(found)) == 4
-    run("measure", model, "--problems", 4, "--rollouts", 2, "--seed", 1, "--out", tmp_path / "other.jsonl")
+    run(*some, tmp_path / "other.jsonl", "--seed", 1)
     assert {row["id"] for row in lines(tmp_path / "other.jsonl")} != set(found)  # the seed chooses
 
 
@@ -174,7 +187,7 @@ def test_measure_refuses_a_file_with_other_settings(model: Path, sums: Path, tmp
     run("measure", model, "--data", sums, "--rollouts", 2, "--out", out)
     before = out.read_bytes()
     for other in (["--rollouts", 4], ["--rollouts", 2, "--temperature", 1.0], ["--rollouts", 2, "--top-k", 5]):
-        with pytest.raises(DataError, match=r"scores.jsonl: holds pass rates with other settings.* another --out"):
+        with pytest.raises(UserError, match=r"scores.jsonl: holds pass rates with other settings.* another --out"):
             run("measure", model, "--data", sums, "--out", out, *other)
     assert out.read_bytes() == before
 
@@ -183,16 +196,16 @@ def test_problems_that_have_changed_are_refused(model: Path, sums: Path, tmp_pat
     out = tmp_path / "scores.jsonl"
     run("measure", model, "--data", sums, "--rollouts", 2, "--out", out)
     sums.write_text(sums.read_text().replace('"answer": "7"', '"answer": "3"'))
-    with pytest.raises(DataError, match=r"scores.jsonl: problem 3 \+ 4 has changed in .*: give another --out"):
+    with pytest.raises(UserError, match=r"scores.jsonl: problem 3 \+ 4 has changed in .*: give another --out"):
         run("measure", model, "--data", sums, "--rollouts", 2, "--out", out)
 
 
 @pytest.mark.parametrize("content", ['{"problem": "1 + 1", "answer": "2"}\n', "notes\n", "[1]\n", '"text"\n'])
-def test_a_file_of_something_else_is_left_alone(model: Path, tmp_path: Path, content: str):
+def test_a_file_of_something_else_is_left_alone(model: Path, sums: Path, tmp_path: Path, content: str):
     out = tmp_path / "mine.jsonl"
     out.write_text(content)
-    with pytest.raises(DataError, match=r"mine.jsonl: exists and is not a file of this command: give another --out"):
-        run("measure", model, "--out", out)
+    with pytest.raises(UserError, match=r"mine.jsonl: exists and is not a file of this command: give another --out"):
+        run("measure", model, "--data", sums, "--out", out)
     assert out.read_text() == content
 
 
@@ -240,7 +253,7 @@ def test_nothing_is_sampled_twice(model: Path, sums: Path, tmp_path: Path, name:
     (folder / "model.safetensors").unlink()
     run(*arguments)
     assert (out / file).read_bytes() == whole
-    with pytest.raises(rollout.ModelError, match="has no weights"):
+    with pytest.raises(UserError, match="it does not load"):
         run(name, folder, "--data", sums, *more, "--out", tmp_path / "other")
 
 
@@ -271,8 +284,9 @@ def test_probe_measures_the_whole_grid(model: Path, sums: Path, tmp_path: Path, 
 
 
 def test_probe_in_which_nothing_is_correct_says_so(model: Path, tmp_path: Path):
+    hard = write(tmp_path / "hard.jsonl", [{"problem": "3 + 4", "answer": "7"}])
     with pytest.raises(ValueError, match="accuracy is 0 at every temperature"):
-        run("probe", model, "--problems", 1, "--temperatures", "1.0", "--rollouts", 2, "--out", tmp_path)
+        run("probe", model, "--data", hard, "--temperatures", "1.0", "--rollouts", 2, "--out", tmp_path)
 
 
 def test_probe_of_one_temperature(model: Path, sums: Path, tmp_path: Path):
@@ -316,10 +330,11 @@ def test_eval_of_two_files_plain_and_stretched(model: Path, sums: Path, tmp_path
     assert all(text in shown for text in ("minerva", "YaRN 1.5", "up to 13", "above 13", "pass@k", "k = 8"))
 
 
-def test_eval_of_one_problem_without_buckets(model: Path, tmp_path: Path):
+def test_eval_of_one_problem_without_buckets(model: Path, sums: Path, tmp_path: Path):
     """One problem has no interval: null in the file."""
-    run("eval", model, "--problems", 1, "--rollouts", 2, "--out", tmp_path, "--length-bounds", "--limits")
-    result = strict(tmp_path / "results.json")["results"]["toy"]["plain"]
+    run("eval", model, "--data", sums, "--problems", 1, "--rollouts", 2, "--out", tmp_path, "--length-bounds",
+        "--limits")  # fmt: skip
+    result = strict(tmp_path / "results.json")["results"][str(sums)]["plain"]
     assert (result["problems"], result["interval"], len(result["by_length"]), result["by_limit"]) == (1, None, 1, [])
 
 
@@ -355,13 +370,13 @@ def test_eval_of_the_benchmarks(tmp_path: Path):
                    "--max-prompt-tokens", "8192", "--max-response-tokens", "2", "--out", str(tmp_path)])  # fmt: skip
     found = strict(tmp_path / "results.json")["results"]
     assert {Path(source).stem: result["plain"]["k"] for source, result in found.items()} == PUBLISHED_ROLLOUTS
-    tokenizer = rollout.load_tokenizer(str(tmp_path / "model"))
-    options = Eval(max_prompt_tokens=8192)
+    options = Common(max_prompt_tokens=8192)
+    tokenizer = rollout.load_tokenizer(str(tmp_path / "model"), options)
     for file, count in zip(files, (30, 30, 83, 272, 675), strict=True):
-        problems = rollout.encode_prompts(options, rollout.load_problems(options, str(file)), tokenizer)
+        problems = data.encode_prompts(data.load_problems(str(file)), tokenizer, options)
         assert len(problems) == count
         assert all(tokenizer.decode(p.prompt_tokens).count(options.prompt_suffix) == 1 for p in problems)
-        with rollout.reward_pool(options, tokenizer) as pool:  # every right answer is graded as one
+        with RewardPool(require_think=False) as pool:  # every right answer is graded as one
             rng = random.Random(0)
             shown = [(f"\\boxed{{{p.answers[0]}}}", p.answers, False) for p in rng.sample(problems, 10)]
             assert [grade.reward for grade in pool.grade(shown)] == [1] * 10
@@ -389,7 +404,7 @@ def test_yarn_stretches_the_low_frequencies_only(tmp_path: Path, factor: float, 
     Qwen3ForCausalLM(config).save_pretrained(tmp_path)
 
     def load(rope: dict[str, Any] | None) -> Any:
-        return rollout.load_model(str(tmp_path), dtype=torch.float32, device=torch.device("cpu"), rope=rope)
+        return rollout.load_model(str(tmp_path), Common(device="cpu"), torch.float32, rope=rope)
 
     base = config.rope_parameters["rope_theta"]
     plain, off = load(None), load(yarn_config(1.0, 4096))
@@ -409,10 +424,37 @@ def test_yarn_stretches_the_low_frequencies_only(tmp_path: Path, factor: float, 
     assert (other - logits)[0, 0].abs().max() < (1e-6 if scale == 1.0 else 1)  # position 0 is not rotated
 
 
+# For vLLM, tests/test_vllm.py compares the two engines' log-probs.
+@pytest.mark.parametrize("scale", [1.0, 1.0405, 0.5])
+@pytest.mark.parametrize("factor", [1.5, 4.0])
+def test_yarn_sets_the_attention_scale_of_transformers(factor: float, scale: float):
+    rope = yarn_config(factor, 40960, attention_scale=scale)
+    assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("yarn", factor, 40960)
+    config = Qwen3Config(max_position_embeddings=round(40960 * factor), rope_parameters={**rope, "rope_theta": 1e6})
+    _, found = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+    assert found == pytest.approx(scale)
+
+
+def test_yarn_of_the_release_leaves_attention_scaling_on():
+    """Source: blog, attn_factor 1.0 at factor 1.5 was to switch it off; its neutral value was 0.9610."""
+    released = {"attn_factor": 1.0, "factor": 1.5, "rope_type": "yarn", "original_max_position_embeddings": 65536}
+    config = Qwen3Config(max_position_embeddings=98304, rope_parameters={**released, "rope_theta": 1e6})
+    _, found = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+    assert found == pytest.approx(1.0405, abs=1e-4)
+    assert 1 / found == pytest.approx(0.9610, abs=1e-4)
+
+
 # ------------------------------------------------------------------------------ mistakes
 
 
-def test_toy_without_a_toy_model_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(rollout.ModelError, match=r"run python train.py once, or give the folder of a model"):
-        evaluate.main(["eval", "--out", str(tmp_path / "eval")])
+def test_several_processes_are_refused(model: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="torchrun started 2 processes, but this tool runs on one GPU"):
+        run("eval", model, "--data", sums, "--out", tmp_path / "eval")
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"python tools/evaluate.py {name} --model" in shown for name in ("eval", "probe", "measure"))

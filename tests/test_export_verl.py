@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import os
 import random
@@ -20,24 +21,21 @@ from fast_start import ROOT
 from transformers import TrainingArguments
 
 import data
-from polaris_mini import Config, Group, Problem, Rollout, policy_loss, set_advantages, substitute
+import export_verl
+from polaris_mini import Config, Group, Problem, Rollout, UserError, policy_loss, set_advantages, substitute
 
 STAGES = "450:1.4:39936 150:1.45:48128:reset"
 
 
 @pytest.fixture(scope="module")
-def exported(run_train, tmp_path_factory):
+def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     even_sums(folder / "sums.jsonl", 40)
-    examples = '{"problem": "1 + 1", "response": "\\\\boxed{2}"}\n'
-    (folder / "examples.jsonl").write_text(examples)
-    result = run_train(
-        "--preset", "polaris-4b", "--data", "sums.jsonl", "--eval-problems", 8, "--prompts-per-step", 16,
-        "--prompt-examples", "examples.jsonl", "--prompt-suffix", "Box it.", "--out", "to/verl", "--gpus", 4,
-        "--stages", *STAGES.split(), script="tools/export_verl.py", cwd=folder,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "32 problems, 8 held out" in result.stdout + result.stderr
+    with contextlib.chdir(folder):
+        export_verl.main([
+            "--preset", "polaris-4b", "--data", "sums.jsonl", "--eval-problems", "8", "--prompts-per-step", "16",
+            "--prompt-suffix", "Box it.", "--out", "to/verl", "--gpus", "4", "--stages", *STAGES.split(),
+        ])
     return folder / "to" / "verl"
 
 
@@ -88,7 +86,7 @@ def test_every_override_is_a_setting_of_verl(exported, verl_settings, tmp_path):
             value = yaml.safe_load(value)
             if isinstance(default, bool) or isinstance(value, bool):
                 assert type(value) is type(default), override
-            elif isinstance(default, (int, float)) and default != 2.0:  # rollout_is_threshold may be "0.5_2.0"
+            elif isinstance(default, (int, float)):
                 assert isinstance(float(value), float), override
 
 
@@ -121,13 +119,11 @@ def test_verl_reads_the_same_problems_with_whole_prompts(exported):
     from pyarrow import parquet
 
     rows = parquet.read_table(exported / "train.parquet").to_pylist()
-    examples = [("user", "1 + 1 Box it."), ("assistant", r"\boxed{2}")]
-    source = {p.id: p for p in data.load_problems(exported.parents[1] / "sums.jsonl")}
+    source = {p.id: p for p in data.load_problems(str(exported.parents[1] / "sums.jsonl"))}
     assert len(rows) == 32
     for row in rows:
         problem = source[row["extra_info"]["index"]]
-        assert [(turn["role"], turn["content"]) for turn in row["prompt"]] == [
-            *examples, ("user", f"{problem.text} Box it.")]
+        assert row["prompt"] == [{"role": "user", "content": f"{problem.text} Box it."}]
         assert tuple(row["reward_model"]["ground_truth"]) == problem.answers
     held_out = {row["extra_info"]["index"] for row in parquet.read_table(exported / "val.parquet").to_pylist()}
     assert len(held_out) == 8
@@ -179,13 +175,13 @@ def test_gradient_on_verl_is_that_of_substitution(hooks, rates):
         group.rollouts.append(Rollout(str(row), (), [0] * length, [], "", "stop", reward))
     batch = substitute(list(groups.values()), random.Random(0))
     set_advantages(batch)
-    tokens = sum(group.weight * len(rollout.response_tokens) for group in batch for rollout in group.rollouts)
+    tokens = sum(group.places * len(rollout.response_tokens) for group in batch for rollout in group.rollouts)
     ours = moved.clone().requires_grad_()
     for group in batch:
         for rollout in group.rollouts:
             part = (int(rollout.problem_id), slice(len(rollout.response_tokens)))
             losses, _ = policy_loss(ours[part], old[part], torch.tensor(rollout.advantage), **clip)
-            (group.weight * losses.sum() / tokens).backward()
+            (group.places * losses.sum() / tokens).backward()
     expected = torch.zeros_like(old) if ours.grad is None else ours.grad
     assert (len(batch) > 0) == (rates != [.5, 0, 0])
     torch.testing.assert_close(on_verl.grad, expected)
@@ -202,6 +198,25 @@ def test_reward_on_verl_is_the_graders(hooks):
     finally:
         for require_think in (True, False):
             hooks._pool(require_think, 10.0).close()
+
+
+def test_what_verl_would_do_otherwise_is_refused_or_said(tmp_path, capsys):
+    even_sums(tmp_path / "sums.jsonl", 40)
+    base = ["--preset", "polaris-4b", "--data", str(tmp_path / "sums.jsonl"), "--eval-every", "-1", "--out",
+            str(tmp_path / "out"), "--prompts-per-step", "16"]
+    for options, message in (
+        (["--reward", "close:score"], "name a function of verl's form"), (["--temperature", "auto"], "stage 1 is auto"),
+        (["--updates-per-batch", "3"], "it must divide"), (["--gpus", "0"], "gpus is 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export_verl.main([*base, *options])
+    export_verl.main([*base, "--optimizer", "paged_adamw8bit", "--quantize-base", "--lora-rank", "8", "--no-rescue"])
+    shown = capsys.readouterr().out
+    assert "4-bit base weights" in shown
+    assert "Rescue" not in shown
+    overrides = (tmp_path / "out" / "run.sh").read_text()
+    assert "optim.optimizer=AdamW8bit" in overrides
+    assert "optimizer_offload=True" in overrides
 
 
 def test_names_in_the_table_exist(verl_settings):

@@ -1,9 +1,11 @@
 """The memory plan against what the same update really takes, by PyTorch's record of every allocation."""
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import train
+from data import UserError
 from plan import CUDA_CONTEXT, GIB, MemoryPlan, dry_run, main, plan_memory, show_plan
-from polaris_mini import Config, Group, Problem, Stage
+from polaris_mini import PRESETS, Config, Group, Problem
+from rollout import load_policy
 
 UPDATE = ("log-probs", "backward", "optimizer step")
 
@@ -30,17 +34,19 @@ def saved_model(folder: Path, **sizes: object) -> str:
 
 def measured_peak(config: Config, tokens: int) -> float:
     """Return the most bytes that all tensors took in the second update of a policy, its weights and state included."""
-    policy = train.load_policy(config, config.model, None, torch.device("cpu"))
-    optimizer, scaler = train.make_optimizer(policy, config), train.loss_scaler(config, torch.device("cpu"))
+    policy = load_policy(config)
+    optimizer, scaler = train.make_optimizer(policy, config), torch.amp.GradScaler("cpu", enabled=False)
+    run = SimpleNamespace(policy=policy, optimizer=optimizer, scaler=scaler, config=config,
+                          state=SimpleNamespace(temperature=1.0, step=0))  # fmt: skip
     rollouts = random_rollouts(2)
     for rollout in rollouts:
         rollout.prompt_tokens, rollout.advantage = [5] * 8, 1.0
         rollout.response_tokens, rollout.sampler_logprobs = [7] * (tokens - 7), [-1.0] * (tokens - 7)
     groups = [Group(Problem("p", "p", ("1",)), rollouts)]
-    train.update_policy(policy, optimizer, scaler, groups, 1.0, config)
+    train.update_policy(run, groups)
     held = [*policy.parameters(), *(v for state in optimizer.state.values() for v in state.values())]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        train.update_policy(policy, optimizer, scaler, groups, 1.0, config)
+        train.update_policy(run, groups)
     events, memory = list(found.profiler.kineto_results.experimental_event_tree()), []
     while events:
         event = events.pop()
@@ -58,72 +64,71 @@ def measured_peak(config: Config, tokens: int) -> float:
     return peak + sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
+TOKENS = 1200
+"""Of a row."""
 CHECKPOINTING = {"gradient_checkpointing": True}
 BFLOAT16 = {"dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize(("tied", "settings"), [
     (True, {}), (False, {}),
-    (True, CHECKPOINTING), (True, {**CHECKPOINTING, "mlp_chunk_tokens": 100}),
-    (True, {**CHECKPOINTING, "logprob_chunk_tokens": 600}),
-    (True, BFLOAT16), (False, {**BFLOAT16, **CHECKPOINTING}),
-    (True, {**BFLOAT16, **CHECKPOINTING, "trained_weights": "bfloat16"}),
+    (True, CHECKPOINTING), (True, {**CHECKPOINTING, "logprob_chunk_tokens": 400}),
+    (True, BFLOAT16), (False, {**BFLOAT16, **CHECKPOINTING}), (True, {**CHECKPOINTING, "optimizer": "sgd"}),
     (True, {**BFLOAT16, "lora_rank": 8}), (True, {**BFLOAT16, **CHECKPOINTING, "lora_rank": 8}),
     (False, {**BFLOAT16, **CHECKPOINTING, "lora_rank": 8, "quantize_base": True}),
 ], ids=str)  # fmt: skip
 def test_plan_is_within_a_tenth_of_what_an_update_takes(tmp_path, tied, settings):
-    settings = {"dtype": "float32", "logprob_chunk_tokens": 100, **settings}
+    settings = {"dtype": "float32", "logprob_chunk_tokens": 50, **settings}
     config = Config(model=saved_model(tmp_path, tie_word_embeddings=tied), max_prompt_tokens=8,
-                    stages=(Stage(1, 1.0, 2493),), tokens_per_micro_batch=2500, **settings)
+                    stages=(f"1:1.0:{TOKENS - 7}",), tokens_per_micro_batch=TOKENS, device="cpu", **settings)
     planned = plan_memory(config, 24 * GIB).peak(*UPDATE) - CUDA_CONTEXT
-    measured = measured_peak(config, 2500)
+    measured = measured_peak(config, TOKENS)
     print(f"planned {planned / 2**20:.2f}, measured {measured / 2**20:.2f} MiB, {planned / measured:.3f}")
     assert planned == pytest.approx(measured, rel=0.1)
 
 
 def test_dry_run_does_not_depend_on_the_number_of_layers_or_chunks_it_runs(tmp_path):
     """Layers and chunks are alike, so two of each stand for all."""
-    config = Config(model=saved_model(tmp_path), dtype="bfloat16", gradient_checkpointing=True, mlp_chunk_tokens=64,
-                    logprob_chunk_tokens=50)
+    config = Config(model=saved_model(tmp_path), dtype="bfloat16", gradient_checkpointing=True, logprob_chunk_tokens=50)
     one, two, four = (dry_run(config, layers, 700) for layers in (1, 2, 4))
     assert all(d == pytest.approx(a + 3 * (b - a)) for a, b, d in zip(one, two, four, strict=True))
-    long = replace(config, mlp_chunk_tokens=0, logprob_chunk_tokens=349)  # two chunks are all there are
+    long = replace(config, logprob_chunk_tokens=349)  # two chunks are all there are
     short = replace(long, logprob_chunk_tokens=50)
     assert dry_run(long, 2, 699)[2] == pytest.approx(dry_run(short, 2, 699)[2], rel=0.02)
 
 
-def planned(arguments: str, card: float = 24, gpus: int = 1) -> MemoryPlan:
-    return plan_memory(train.read_config(arguments.split()), card * GIB, gpus)
+def planned(arguments: str, card: float = 24) -> MemoryPlan:
+    return plan_memory(train.read_config(["--data", "unread", *arguments.split()]), card * GIB)
 
 
 def test_plan_knows_what_each_option_changes():
     base = "--preset polaris-1.7b --max-response-tokens 8192 --gradient-checkpointing --tokens-per-micro-batch 9216"
     before = planned(base).phases["backward"]
 
-    def after(option: str, gpus: int = 1) -> dict[str, float]:
-        return planned(f"{base} {option}", gpus=gpus).phases["backward"]
+    def after(option: str) -> dict[str, float]:
+        return planned(f"{base} {option}").phases["backward"]
 
     parameters = 1_720_574_976  # of the published model
     assert before["policy"] == before["gradients"] == 4 * parameters
     assert before["optimizer"] == 8 * parameters
     assert after("--optimizer adamw8bit")["optimizer"] == 2 * parameters
-    assert "optimizer" not in after("--offload-optimizer")
-    assert after("--trained-weights bfloat16")["policy"] == 2 * parameters
+    for optimizer, state in (("sgd", 0), ("paged_adamw", 8 * parameters), ("paged_adamw8bit", 2 * parameters)):
+        plan = planned(f"{base} --optimizer {optimizer}")
+        assert all("optimizer" not in parts for parts in plan.phases.values())
+        assert plan.cpu.get("optimizer", 0) == state
     blocks = 28 * 9216 * 2048 * 4
     assert before["activations kept"] - after("--offload-activations")["activations kept"] == pytest.approx(
         blocks * 27 / 28)
-    assert after("--mlp-chunk-tokens 1024")["block recomputed"] < 0.9 * before["block recomputed"]
     lora = after("--lora-rank 32")
     assert lora["policy"] == pytest.approx(2 * parameters, rel=0.05)
     assert lora["gradients"] < 0.05 * before["gradients"]
     assert after("--lora-rank 32 --quantize-base")["policy"] < 0.5 * lora["policy"]
-    assert after("", gpus=2)["optimizer"] == before["optimizer"] / 2
-    assert after("", gpus=2)["gathered weights"] > 4 * 151936 * 2048
-    step = planned(f"{base} --offload-optimizer").phases["optimizer step"]["one weight"]
-    assert step == 8 * 151936 * 2048  # Adam's state of the largest, the embedding
     hf = planned(f"{base} --engine hf").phases["rollout"]
     assert hf["engine weights"] == 2 * parameters  # the copies that autocast keeps
     assert "engine weights" not in planned(f"{base} --engine hf --lora-rank 32").phases["rollout"]
+    offloaded = planned(f"{base} --offload-policy")
+    assert "policy" not in offloaded.phases["rollout"]
+    assert offloaded.cpu == {"policy": 4 * parameters}
 
 
 def shown(capsys: pytest.CaptureFixture[str], arguments: str) -> str:
@@ -144,28 +149,18 @@ def test_plan_command_names_a_change_that_fits(capsys):
     assert "\nfits: " in shown(capsys, f"{asked} {changes_in(output)}")
 
 
-CARDS = re.findall(r"^\| (?:\d+ \(([\d.]+)\))? *\| .*? \| ([\d,]+) \| `(--preset .*)` \| ([\d.]+) \| ([\d.]+) \|$",
-                   (Path(__file__).parents[1] / "README.md").read_text(), re.MULTILINE)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_can_be_planned(preset):
+    """Those that name a GPU of 24 GiB fit it."""
+    plan = planned(f"--preset {preset}" + " --model Qwen/Qwen3-1.7B" * (preset == "recipe"), 23.5)
+    assert list(plan.phases) == ["weight sync", "rollout", "log-probs", "backward", "optimizer step"]
+    assert all(size > 0 for parts in plan.phases.values() for size in parts.values())
+    assert (plan.peak() <= 23.5 * GIB) == (preset in ("toy", "rtx-24gb", "rtx-2x24gb"))
 
 
-def test_cards_of_the_readme_hold_what_it_says(capsys):
-    card = ""
-    for given, tokens, options, highest, at_once in CARDS:
-        card = given or card
-        output = shown(capsys, f"--gpu-memory {card} {options}")
-        assert f"responses of up to {tokens} tokens" in output
-        (fits,) = [line for line in output.splitlines() if line.startswith("fits: ")]
-        assert f"takes {highest} of {card} GiB; the cache holds {at_once} responses of full length" in fits
-    assert len(CARDS) == 13
-
-
-def test_plan_does_not_offer_what_several_gpus_refuse(capsys):
-    asked = "--gpus 2 --gpu-memory 10 --preset polaris-1.7b --max-response-tokens 4096"
-    output = shown(capsys, asked)
-    assert "  --lora-rank 32" in output
-    assert "adamw8bit" not in output
-    with pytest.raises(train.ConfigError, match="optimizer is adamw8bit: it is not made for weights that are sharded"):
-        shown(capsys, f"{asked} --optimizer adamw8bit")
+def test_plan_offers_what_does_not_change_the_result_first(capsys):
+    output = shown(capsys, "--gpu-memory 23.5 --preset rtx-24gb --lora-rank 0 --optimizer adamw")
+    assert changes_in(output).split() == ["--offload-activations", "--optimizer", "paged_adamw"]
 
 
 def test_plan_shortens_responses_and_rows_where_nothing_else_helps(capsys, tmp_path):
@@ -177,36 +172,71 @@ def test_plan_shortens_responses_and_rows_where_nothing_else_helps(capsys, tmp_p
 
 def test_measured_peaks_stand_beside_the_planned_ones(capsys):
     plan = MemoryPlan({"rollout": {"policy": 2 * GIB}, "backward": {"policy": 1 * GIB}}, 3.0)
-    show_plan(plan, 4 * GIB, train.Display(), {"backward": 1.25 * GIB})
+    show_plan(plan, 4 * GIB, {"backward": 1.25 * GIB})
     rollout, backward = capsys.readouterr().out.splitlines()
     assert rollout.startswith("rollout        " + 24 * "P" + 24 * "." + "|   2.0  P policy 2.0")
     assert "1.0 (1.2 measured)" in backward
 
 
+def test_a_run_is_planned_beside_what_it_measured(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(asdict(PRESETS["toy"])))
+    steps = [{"step": n, "memory/rollout_gib": 1.25 * n, "memory/update_gib": 2.5} for n in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    output = shown(capsys, f"--run {tmp_path} --gpu-memory 4")
+    assert "responses of up to 128 tokens" in output
+    assert re.search(r"^rollout .* \(2\.5 measured\)", output, re.MULTILINE)
+    assert re.search(r"^backward .* \(2\.5 measured\)", output, re.MULTILINE)
+    with pytest.raises(UserError, match=r"resume is .*nowhere"):
+        main(["--run", str(tmp_path / "nowhere")])
+
+
+# --------------------------------------------------------------- the tables of docs/gpu.md
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return (Path(__file__).parents[1] / "docs" / "gpu.md").read_text()
+
+
+def test_cards_hold_what_the_docs_say(page, capsys):
+    cards = re.findall(r"^\| (?:\d+ \(([\d.]+)\))? *\| .*? \| ([\d,]+) \| `(--preset .*)` \| ([\d.]+) \| ([\d.]+) \|$",
+                       page, re.MULTILINE)  # fmt: skip
+    assert len(cards) == 13
+    card = ""
+    for given, tokens, options, highest, at_once in cards:
+        card = given or card
+        output = shown(capsys, f"--gpu-memory {card} {options}")
+        assert f"responses of up to {tokens} tokens" in output
+        (fits,) = [line for line in output.splitlines() if line.startswith("fits: ")]
+        assert f"takes {highest} of {card} GiB; the cache holds {at_once} responses of full length" in fits, options
+
+
+def test_the_printed_plan_of_the_docs_is_the_plan(page, capsys):
+    (command,) = re.findall(r"^python tools/plan.py (--preset .*)$", page, re.MULTILINE)
+    assert shown(capsys, command) in page
+
+
 LONG = "--max-response-tokens 32768 --tokens-per-micro-batch 33792 --gradient-checkpointing"
-TABLE = (  # model, what is trained and how, options, the length
+TABLE = (  # model, what is trained and how, options
     ("Qwen3-1.7B", "every weight", f"--preset polaris-1.7b {LONG}"),
     ("", "… 8-bit Adam", f"--preset polaris-1.7b {LONG} --optimizer adamw8bit"),
-    ("", "… Adam's state in CPU memory", f"--preset polaris-1.7b {LONG} --offload-optimizer"),
-    ("", "… and activations there too, MLPs in chunks",
-     f"--preset polaris-1.7b {LONG} --offload-optimizer --offload-activations --mlp-chunk-tokens 4096"),
-    ("", "bfloat16 weights, 8-bit Adam",
-     f"--preset polaris-1.7b {LONG} --trained-weights bfloat16 --optimizer adamw8bit"),
+    ("", "… paged Adam", f"--preset polaris-1.7b {LONG} --optimizer paged_adamw"),
+    ("", "… and activations in CPU memory",
+     f"--preset polaris-1.7b {LONG} --optimizer paged_adamw --offload-activations"),
     ("", "LoRA (`rtx-24gb`)", "--preset rtx-24gb"),
     ("", "LoRA on 4 bits", "--preset rtx-24gb --quantize-base"),
     ("Qwen3-4B", "LoRA (`rtx-2x24gb`)", "--preset rtx-2x24gb"),
-    ("", "LoRA, MLPs in chunks", "--preset rtx-2x24gb --mlp-chunk-tokens 4096"),
-    ("", "… 40,960 tokens, activations in CPU memory too", "--preset rtx-2x24gb --max-response-tokens 40960 "
-     "--tokens-per-micro-batch 41984 --offload-activations --mlp-chunk-tokens 4096"),
+    ("", "LoRA, activations in CPU memory", "--preset rtx-2x24gb --offload-activations"),
+    ("", "… 40,960 tokens",
+     "--preset rtx-2x24gb --max-response-tokens 40960 --tokens-per-micro-batch 41984 --offload-activations"),
     ("", "LoRA on 4 bits, activations in CPU memory", "--preset rtx-2x24gb --quantize-base --offload-activations"),
-    ("Qwen3-8B", "LoRA on 4 bits, activations in CPU memory, MLPs in chunks, 16,384 tokens",
-     "--preset rtx-2x24gb --model Qwen/Qwen3-8B --data toy --quantize-base --offload-activations "
-     "--mlp-chunk-tokens 4096 --max-response-tokens 16384 --tokens-per-micro-batch 17408"),
+    ("Qwen3-8B", "LoRA on 4 bits, activations in CPU memory, 16,384 tokens",
+     "--preset rtx-2x24gb --model Qwen/Qwen3-8B --quantize-base --offload-activations --max-response-tokens 16384 "
+     "--tokens-per-micro-batch 17408"),
 )  # fmt: skip
 
 
 def memory_table() -> str:
-    """Return the README's table."""
+    """Return the table of docs/gpu.md."""
     rows = ["| model | trained | policy | gradients | optimizer | highest point of the update | generated at once |",
             "|---|---|---|---|---|---|---|"]  # fmt: skip
     for model, what, arguments in TABLE:
@@ -219,6 +249,5 @@ def memory_table() -> str:
     return "\n".join(rows)
 
 
-def test_the_detailed_memory_table_is_the_plans():
-    shown = Path(train.__file__).parent / "docs" / "performance.md"
-    assert memory_table() in shown.read_text(), f"\n{memory_table()}"
+def test_the_detailed_memory_table_is_the_plans(page):
+    assert memory_table() in page, f"\n{memory_table()}"

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -9,8 +10,7 @@ from pathlib import Path
 import pytest
 
 import report
-from data import DataError
-from polaris_mini import Config
+from polaris_mini import Config, UserError
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
                 None)
@@ -21,7 +21,8 @@ def made_up_run(folder: Path, steps: int = STEPS) -> Path:
     """Write logs with every kind of line; a problem's text tries to break the page."""
     metrics = [{"step": step, "stage": 1 + (step > steps // 2), "reward/mean": step / steps, "time/step": 2.0,
                 "tokens/rollout": 1000, "policy/entropy": None if step == 3 else 0.5, "time/rollout": 1.0,
-                "time/reward": 0.1, "time/update": 0.8, "time/sync": 0.1} for step in range(1, steps + 1)]
+                "time/reward": 0.1, "time/update": 0.8, "time/sync": 0.1, "time/save": 0.1}
+               for step in range(1, steps + 1)]
     evaluations = [{"step": step, "avg_at_k": 0.2 + step / 100, "interval": 0.05, "pass_at_k": [0.2, 0.4]}
                    for step in (0, steps)]
     probe = {"step": 1, "stage": 1, "chosen": 0.8, "accuracy": {"0.4": 0.5, "0.8": 0.5, "1.2": 0.1},
@@ -163,6 +164,20 @@ def test_page_of_a_long_run_has_every_nth_step(page_file, monkeypatch):
     assert {line["step"] for line in report.report_of(folder)["rollouts"]} == set(range(STEPS, 0, -3))
 
 
+def test_without_an_argument_the_page_is_the_newest_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="runs/ has none"):
+        report.main([])
+    (tmp_path / "runs").mkdir()
+    for name, changed in (("a", 1000), ("b", 3000), ("c", 2000)):
+        made_up_run(tmp_path / "runs" / name, steps=2)
+        os.utime(tmp_path / "runs" / name / "metrics.jsonl", (changed, changed))
+    report.main([])
+    assert [path.parent.name for path in tmp_path.glob("runs/*/report.html")] == ["b"]
+    report.main(["runs/a", "runs/c", "--out", "both.html"])
+    assert (tmp_path / "both.html").is_file()
+
+
 def test_report_of_no_run_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"no metrics\.jsonl with a step in it"):
+    with pytest.raises(UserError, match=r"no metrics\.jsonl with a step in it"):
         report.write_report([tmp_path])

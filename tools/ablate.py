@@ -1,38 +1,36 @@
 """Switch each mechanism off in turn and compare: a table with intervals, a figure over time.
 
-    python tools/ablate.py                     # in the toy world, over an hour
-    python tools/ablate.py --seeds 1 --out DIR     # and every option of training
+    python tools/ablate.py                              # each seed in a toy world of its own, over an hour
+    python tools/ablate.py --model MODEL --data DATA    # all seeds with these; and every option of training
 
-Called again, it goes on where it stopped.
+Called again, it goes on where it stopped. What a run prints is in its log.txt.
 """
 from __future__ import annotations
 
+import contextlib
 import itertools
-import logging
 import math
-import sqlite3
+import os
+import signal
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import tyro
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
-from data import DataError
+import train
 from difficulty import Filter, filter_problems, write_problems
 from evaluate import Measure, run_measure
-from polaris_mini import Common, Config, mean_and_interval
-from reward import RewardError
-from rollout import ModelError, out_of_memory, refuse_torchrun
-from train import (
-    ConfigError, Display, Run, end_by, load_data, read_config, run_training, saved_config, toy_model_folder,
-)
+from polaris_mini import PRESETS, Common, Config, UserError, mean_and_interval
+from reward import RewardError, check_answer
+from toy import World, make_world
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Ablate:
     out: Path = Path("runs/ablation")
     """Folder of the runs, the table and the figure. What is finished in it is not done again."""
     seeds: int = 3
-    """Runs of each variant: each seed has problems, a toy model and chance of its own."""
+    """Runs of each variant. Without --model and --data each seed has problems and a toy model of its own."""
     target: float = 0.5
     """Held-out pass rate; how many steps and tokens it takes to get there is compared."""
 
@@ -57,8 +55,8 @@ def ablation_variants(config: Config, filtered: str, unfiltered: str) -> dict[st
         "rescue": {"rescue": False},
         "substitution": {"substitute": False},
         "removal of mastered problems": {"mastered_above": 1.0},
-        "rising temperature": {"temperature": config.stages[0].temperature},  # from a probe each, if it is auto
-        "growing length": {"max_response_tokens": config.stages[-1].max_response_tokens},
+        "rising temperature": {"temperature": config.schedule[0].temperature},  # from a probe each, if it is auto
+        "growing length": {"max_response_tokens": config.schedule[-1].max_response_tokens},
     }
     config = replace(config, data=filtered)
     plain = {name: value for change in off.values() for name, value in change.items()}
@@ -68,56 +66,81 @@ def ablation_variants(config: Config, filtered: str, unfiltered: str) -> dict[st
     return {"all mechanisms": config, **different, "plain GRPO": replace(config, **plain)}
 
 
-def run_ablation(options: Ablate, config: Config, display: Display) -> int:
-    """Do the runs that are missing, then compare all of them; return the number of the signal that ended it, or 0."""
+def run_ablation(options: Ablate, config: Config, stop: train.StopSignal) -> None:
+    """Do the runs that are missing, then compare all of them."""
     if options.seeds < 1 or not 0 < options.target < 1:
-        raise ConfigError(f"seeds is {options.seeds}, target {options.target}: give at least 1, and a pass rate")
-    if config.resume or config.run_dir or config.eval_every < 0 or config.track != "none":
-        raise ConfigError("resume, run_dir, eval_every -1 or track is set: ablate makes and resumes runs of its own in "
-                          "--out, and compares their evaluations")
-    runs: dict[str, list[Run]] = defaultdict(list)  # variant -> one run per seed
+        raise UserError(f"seeds is {options.seeds}, target {options.target}: give at least 1, and a pass rate")
+    if config.resume or config.run_dir or config.eval_every < 0:
+        raise UserError("resume, run_dir or eval_every -1 is set: ablate makes and resumes runs of its own in --out, "
+                        "and compares their evaluations")
+    runs: dict[str, list[Path]] = defaultdict(list)  # variant -> one folder per seed
     for seed in range(config.seed, config.seed + options.seeds):
-        seeded = replace(config, seed=seed)
-        scores, filtered, held_out = measured_problems(seeded, options.out / f"data-{seed}", display)
+        with stop.at_once():
+            seeded = in_world(replace(config, seed=seed), options.out / f"world-{seed}")
+            seeded, scores, filtered = measure_difficulty(seeded, options.out / f"data-{seed}")
         for name, variant in ablation_variants(seeded, str(filtered), str(scores)).items():
-            run = Run(options.out / f"{name.replace(' ', '-')}-{seed}")
-            runs[name].append(run)
-            variant = replace(variant, eval_data=str(held_out), run_dir=str(run.folder))
-            if (run.folder / "config.json").exists():
-                if replace(saved_config(run.folder), resume=None) != variant:
-                    raise ConfigError(f"out is {options.out}: its runs have other settings; give another --out")
-                variant = replace(variant, resume=str(run.folder))
-            if run.last_step() >= config.total_steps:
-                continue
-            display.note(f"\nseed {seed}, {name}")
-            _, stopped_by = run_training(variant, Display(show_rows=False))
-            if stopped_by:
-                display.note("the same command goes on where it stopped")
-                return stopped_by
+            folder = options.out / f"{name.replace(' ', '-')}-{seed}"
+            runs[name].append(folder)
+            begun = (folder / "config.json").exists()
+            if begun and train.saved_config(folder) != variant:
+                raise UserError(f"out is {options.out}: its runs have other settings; give another --out")
+            if not is_complete(folder, config.total_steps):
+                print(f"seed {seed}, {name}", flush=True)
+                path = str(folder)
+                train_variant(replace(variant, resume=path) if begun else replace(variant, run_dir=path), stop)
     table = ablation_table(runs, options.target)
     data.write_whole(options.out / "table.md", table)
-    display.note(f"\n{table}\n{draw_ablation(runs, options.out / 'ablation.png')}, {options.out / 'table.md'}")
-    return 0
+    print(f"\n{table}\n{draw_ablation(runs, options.out / 'ablation.png')}, {options.out / 'table.md'}")
 
 
-def measured_problems(config: Config, folder: Path, display: Display) -> tuple[Path, Path, Path]:
-    """Write down what all variants of a seed share: problems with pass rates, those not always solved, held-out ones.
+def in_world(config: Config, folder: Path) -> Config:
+    """Let a run of the preset's toy world have one of its own, by its seed: a model, problems, held-out problems."""
+    toy = PRESETS["toy"]
+    if (config.model, config.data) != (toy.model, toy.data):
+        return config
+    if not folder.exists():
+        print(f"making {folder}", flush=True)
+        make_world(World(out=folder, seed=config.seed))
+    return replace(config, model=str(folder / "model"), data=str(folder / "problems.jsonl"),
+                   eval_data=str(folder / "held_out.jsonl"))  # fmt: skip
 
-    The pass rates are those of the model to be trained, as `evaluate.py measure` and `difficulty.py filter` give them.
+
+def measure_difficulty(config: Config, folder: Path) -> tuple[Config, Path, Path]:
+    """Write down what all variants of a seed share; return them with held-out problems, and two files of problems.
+
+    The first has the pass rates of the model to be trained, as `evaluate.py measure` gives them. The second leaves out
+    those that it always solved, as `difficulty.py filter` does.
     """
-    problems, filtered, held_out, scores = (
-        folder / f"{name}.jsonl" for name in ("problems", "filtered", "held_out", "scores")
+    problems, held_out, scores, filtered = (
+        folder / f"{name}.jsonl" for name in ("problems", "held_out", "scores", "filtered")
     )
-    training, evaluation = load_data(config)
-    write_problems(training, problems)
-    write_problems(evaluation, held_out)
-    model = str(toy_model_folder(config, evaluation, display)) if config.model == "toy" else config.model
+    folder.mkdir(parents=True, exist_ok=True)
+    check = (lambda answers: None) if config.reward else check_answer
+    for path, part in zip((problems, held_out), data.training_and_held_out(config, check), strict=True):
+        write_problems(part, path)
     common = {field.name: getattr(config, field.name) for field in fields(Common)}
-    run_measure(Measure(**{**common, "model": model}, data=str(problems), out=str(scores),
-                        max_response_tokens=config.stages[-1].max_response_tokens))
+    run_measure(Measure(**common, data=str(problems), out=str(scores), max_response_tokens=config.longest_response))
     if not filtered.exists():
         filter_problems(Filter(str(scores), filtered))
-    return scores, filtered, held_out
+    return replace(config, eval_data=str(held_out)), scores, filtered
+
+
+def is_complete(run: Path, steps: int) -> bool:
+    evaluated = any(line["step"] == steps for line in data.read_lines(run / "evaluations.jsonl"))
+    return evaluated and (run / "checkpoints" / f"step_{steps:06d}").is_dir()
+
+
+def train_variant(config: Config, stop: train.StopSignal) -> None:
+    """Train, in silence; KeyboardInterrupt when a signal ends it."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        run = train.set_up(config)
+        with run.pool, run.log_file or contextlib.nullcontext():
+            try:
+                train.train(run, stop)
+            except KeyboardInterrupt:
+                train.save_checkpoint(run)
+                raise
+            run.engine.close()
 
 
 @dataclass(frozen=True)
@@ -138,9 +161,9 @@ class RunSummary:
     """Of the last tenth of the steps."""
 
     @classmethod
-    def of(cls, run: Run, target: float) -> RunSummary:
-        lines = list(data.read_lines(run.folder / "metrics.jsonl"))
-        points = [(e["step"], e["avg_at_k"]) for e in data.read_lines(run.folder / "evaluations.jsonl")]
+    def of(cls, run: Path, target: float) -> RunSummary:
+        lines = list(data.read_lines(run / "metrics.jsonl"))
+        points = [(e["step"], e["avg_at_k"]) for e in data.read_lines(run / "evaluations.jsonl")]
         steps = 0.0 if points[0][1] >= target else None
         for (s0, rate0), (s1, rate1) in itertools.pairwise(points):
             if steps is None and rate0 < target <= rate1:
@@ -158,7 +181,7 @@ class RunSummary:
         )
 
 
-def ablation_table(runs: dict[str, list[Run]], target: float) -> str:
+def ablation_table(runs: Mapping[str, Sequence[Path]], target: float) -> str:
     """Compare the variants in Markdown: means over seeds, with the 95 % interval where there are several.
 
     A seed has problems and a model of its own, so a variant is compared with all mechanisms seed by seed.
@@ -191,15 +214,15 @@ def ablation_table(runs: dict[str, list[Run]], target: float) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def draw_ablation(runs: dict[str, list[Run]], path: Path) -> Path:
+def draw_ablation(runs: Mapping[str, Sequence[Path]], path: Path) -> Path:
     """Draw the variants over time, each as its mean over seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 9), layout="constrained")
     axes = figure.subplots(2, 2)
     for number, (name, several) in enumerate(runs.items()):
-        metrics = [list(data.read_lines(run.folder / "metrics.jsonl")) for run in several]
-        evaluations = [list(data.read_lines(run.folder / "evaluations.jsonl")) for run in several]
+        metrics = [list(data.read_lines(run / "metrics.jsonl")) for run in several]
+        evaluations = [list(data.read_lines(run / "evaluations.jsonl")) for run in several]
         style: dict[str, Any] = {"color": f"C{number}", "linewidth": 2.5 if number == 0 else 1.2, "label": name}
 
         def mean(lines: Sequence[Sequence[dict[str, Any]]], metric: str) -> list[float]:
@@ -224,23 +247,18 @@ def draw_ablation(runs: dict[str, list[Run]], path: Path) -> Path:
 
 def main(arguments: Sequence[str]) -> None:
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a CPU kernel that is not needed
-    refuse_torchrun("ablate")
-    options, others = data.read_options(Ablate, arguments, "tools/ablate.py", return_unknown_args=True)
-    end_by(run_ablation(options, read_config(others), Display()))
+    options, others = tyro.cli(Ablate, args=arguments, prog="tools/ablate.py", return_unknown_args=True)
+    config, stop = train.read_config(others), train.StopSignal()
+    try:
+        run_ablation(options, config, stop)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it stopped")
+        sys.exit(0 if stop.number == signal.SIGINT else 128 + stop.number)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (DataError, ModelError, ConfigError, RewardError, OSError, sqlite3.Error, SafetensorError) as error:
+    except (ValueError, RewardError, OSError) as error:
         print(f"ablate.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        print(f"ablate.py: error: memory ran out ({error}): ask python tools/plan.py what fits", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("ablate.py: ended at once; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)

@@ -1,8 +1,8 @@
-"""Filter problems by measured difficulty, and draw how difficult they are.
+"""Keep the problems that a model can learn from, and draw how difficult problems are for it.
 
-    python tools/evaluate.py measure --help                     # pass rates of a model -> scores.jsonl
+    python tools/evaluate.py measure --model M --data D --out scores.jsonl    # first: each problem's pass rate
     python tools/difficulty.py filter --scores scores.jsonl --out hard.jsonl
-    python tools/difficulty.py histogram scores.jsonl hard.jsonl    # how difficult, before and after
+    python tools/difficulty.py histogram scores.jsonl hard.jsonl              # how difficult, before and after
 """
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tyro
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import DataError, WorkedExample, _chat, load_problems, read_options, write_whole
+from data import UserError, chat, load_problems, write_whole
 from polaris_mini import Config, Problem
 
 
@@ -85,31 +87,28 @@ def filter_problems(options: Filter) -> None:
     """Write the problems in the range of pass rates, and show the histograms before and after."""
     low, high, out = options.min_pass_rate, options.max_pass_rate, options.out
     if not 0 <= low <= high <= 1:
-        raise DataError(f"--min-pass-rate is {low}, --max-pass-rate {high}: give shares, 0 <= min <= max <= 1")
-    _check_output(out, ".jsonl", ".parquet")
+        raise UserError(f"--min-pass-rate is {low}, --max-pass-rate {high}: give shares, 0 <= min <= max <= 1")
+    check_output(out, ".jsonl", ".parquet")
     if out.exists():
-        raise DataError(f"--out {out}: exists already: give another name, or delete it first")
-    scored = _load_scored(options.scores, options.skip_bad_rows)
+        raise UserError(f"--out {out}: exists already: give another name, or delete it first")
+    scored = load_scored(options.scores, options.skip_bad_rows)
     rates = list(scored.values())
     kept = {problem: rate for problem, rate in scored.items() if low <= rate <= high}
     if not kept:
-        raise DataError(f"{options.scores}: no problem has a pass rate from {low} to {high}: widen the range")
+        raise UserError(f"{options.scores}: no problem has a pass rate from {low} to {high}: widen the range")
     write_problems(list(kept), out, options.layout)
     print(f"{out}: kept {len(kept)} of {len(rates)} problems, removed {sum(rate < low for rate in rates)} below {low} "
           f"and {sum(rate > high for rate in rates)} above {high}")
-    _show_histogram("before", difficulty_histogram(rates))
-    _show_histogram("after", difficulty_histogram(kept.values()))
+    show_histogram("before", difficulty_histogram(rates))
+    show_histogram("after", difficulty_histogram(kept.values()))
 
 
 def write_problems(
     problems: Sequence[Problem], path: Path, layout: Literal["plain", "verl"] = "plain",
-    suffix: str = Config.prompt_suffix, examples: Sequence[WorkedExample] = (),
+    suffix: str = Config.prompt_suffix,
 ) -> None:  # fmt: skip
-    """Write problems to a .jsonl or .parquet file that `load_problems` reads.
-
-    verl's layout holds whole prompts, so with the suffix; with worked examples before the problem only verl reads it.
-    """
-    rows = _output_rows(problems, layout, suffix, examples)
+    """Write problems to a .jsonl or .parquet file that `load_problems` reads; verl's prompts have the suffix."""
+    rows = output_rows(problems, layout, suffix)
     if path.suffix == ".parquet":
         import pyarrow
         from pyarrow import parquet
@@ -121,17 +120,35 @@ def write_problems(
         write_whole(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
 
 
+def output_rows(problems: Sequence[Problem], layout: Literal["plain", "verl"], suffix: str) -> list[dict[str, Any]]:
+    # A parquet column has one type and is there in every row: one row with a second answer makes lists of all.
+    if layout == "plain":
+        system = any(problem.system for problem in problems)
+        return [{"id": p.id, "problem": p.text, "answers": p.answers, "pass_rate": p.pass_rate}
+                | ({"system": p.system} if system else {}) for p in problems]  # fmt: skip
+    numbers = all(re.fullmatch("0|[1-9][0-9]{0,17}", problem.id) for problem in problems)
+    lists = any(len(problem.answers) > 1 for problem in problems)
+    return [
+        {"data_source": "",  # as in released files: the original trainer then takes its default reward
+         "prompt": [dict(sorted(turn.items())) for turn in chat(p.text, p.system, suffix)],
+         "ability": "math",
+         "reward_model": {"ground_truth": p.answers if lists else p.answers[0], "style": "rule"},
+         "extra_info": {"index": int(p.id) if numbers else p.id, "pass_rate": p.pass_rate, "split": "train"}}
+        for p in problems
+    ]  # fmt: skip
+
+
 def draw_histograms(options: Histogram) -> None:
     """Show the histogram of each file, and draw all of them into one PNG."""
     from matplotlib.figure import Figure
 
     if not options.files:
-        raise DataError("histogram has no file: give one, or several to compare")
+        raise UserError("histogram has no file: give one, or several to compare")
     out = options.out or Path(options.files[0]).with_suffix(".png")
-    _check_output(out, ".png")
-    named = {file: difficulty_histogram(_load_scored(file, options.skip_bad_rows).values()) for file in options.files}
+    check_output(out, ".png")
+    named = {file: difficulty_histogram(load_scored(file, options.skip_bad_rows).values()) for file in options.files}
     for name, counts in named.items():
-        _show_histogram(name, counts)
+        show_histogram(name, counts)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     plot_histograms(figure.subplots(), named)
     figure.savefig(out, dpi=110)
@@ -150,55 +167,33 @@ def plot_histograms(axis: Any, named: Mapping[str, Sequence[int]]) -> None:
     axis.legend()
 
 
-def _show_histogram(name: str, counts: Sequence[int]) -> None:
+def show_histogram(name: str, counts: Sequence[int]) -> None:
     print(f"\n{name}, {sum(counts)} problems: {histogram_verdict(counts)}")
     for k, count in enumerate(counts):
         bar = "#" * round(50 * count / max(counts))
         print(f"{k}/{len(counts) - 1} {count:8} {count / sum(counts):6.1%} {bar}".rstrip())
 
 
-def _load_scored(source: str, skip_bad_rows: bool) -> dict[Problem, float]:
+def load_scored(source: str, skip_bad_rows: bool) -> dict[Problem, float]:
     scored = {}
     for problem in load_problems(source, skip_bad_rows=skip_bad_rows):
         if problem.pass_rate is None:
-            raise DataError(f"{source}: problem {problem.id} has no pass rate: measure first "
+            raise UserError(f"{source}: problem {problem.id} has no pass rate: measure first "
                             "(python tools/evaluate.py measure)")
         scored[problem] = problem.pass_rate
     return scored
 
 
-def _check_output(path: Path, *suffixes: str) -> None:
+def check_output(path: Path, *suffixes: str) -> None:
     if path.suffix not in suffixes:
-        raise DataError(f"--out {path}: give a name that ends in {' or '.join(suffixes)}")
+        raise UserError(f"--out {path}: give a name that ends in {' or '.join(suffixes)}")
     if not path.parent.is_dir():
-        raise DataError(f"--out {path}: there is no folder {path.parent}: make it first")
-
-
-def _output_rows(
-    problems: Sequence[Problem], layout: Literal["plain", "verl"], suffix: str, examples: Sequence[WorkedExample]
-) -> list[dict[str, Any]]:
-    # A parquet column has one type and is there in every row: one row with a second answer makes lists of all.
-    if layout == "plain":
-        system = any(problem.system for problem in problems)
-        return [{"id": p.id, "problem": p.text, "answers": p.answers, "pass_rate": p.pass_rate}
-                | ({"system": p.system} if system else {}) for p in problems]  # fmt: skip
-    numbers = all(re.fullmatch("0|[1-9][0-9]{0,17}", problem.id) for problem in problems)
-    lists = any(len(problem.answers) > 1 for problem in problems)
-    return [
-        {"data_source": "",  # as in released files: the original trainer then takes its default reward
-         "prompt": [dict(sorted(turn.items())) for turn in _chat(p.text, p.system, suffix, examples)],
-         "ability": "math",
-         "reward_model": {"ground_truth": p.answers if lists else p.answers[0], "style": "rule"},
-         "extra_info": {"index": int(p.id) if numbers else p.id, "pass_rate": p.pass_rate, "split": "train"}}
-        for p in problems
-    ]  # fmt: skip
+        raise UserError(f"--out {path}: there is no folder {path.parent}: make it first")
 
 
 def main(arguments: Sequence[str]) -> None:
-    import tyro
-
     commands: Any = Filter | Annotated[Histogram, tyro.conf.PositionalRequiredArgs]
-    options = read_options(commands, arguments, "tools/difficulty.py", description=__doc__)
+    options = tyro.cli(commands, args=arguments, prog="tools/difficulty.py", description=__doc__)
     if isinstance(options, Filter):
         filter_problems(options)
     else:
@@ -208,6 +203,6 @@ def main(arguments: Sequence[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (DataError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"difficulty.py: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,71 +1,55 @@
 """Measure a model: avg@k and pass@k on benchmarks, accuracy and diversity over temperature, each problem's pass rate.
 
-    python tools/evaluate.py eval --model M --data FILE [FILE...]       # avg@k, pass@k, by length, with YaRN if asked
-    python tools/evaluate.py probe --model M --data FILE                # accuracy and diversity over temperature
-    python tools/evaluate.py measure --model M --data FILE --out SCORES # each problem's pass rate
-    python tools/evaluate.py eval --help                                # every option
+    python tools/evaluate.py eval --model M --data FILE [FILE...]           # avg@k, pass@k, by length; YaRN if asked
+    python tools/evaluate.py probe --model M --data FILE                    # which temperature to train at
+    python tools/evaluate.py measure --model M --data FILE --out SCORES     # how difficult each problem is for it
+    python tools/evaluate.py measure --prompt-suffix "" --model tools/toy_world/model \\
+        --data tools/toy_world/held_out.jsonl --max-response-tokens 128     # the toy world, on any machine
 
 Every command keeps its responses in a file as they come, and goes on with it when it is called again.
 """
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
 import math
+import os
 import random
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, PreTrainedModel
+import tyro
+from tqdm import tqdm
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
-from data import DataError
+from data import UserError
 from polaris_mini import (
-    Common, Problem, Zones, mean_and_interval, pick_temperature, require, temperature_grid, temperature_zones,
-    yarn_config,
+    Common, Group, Problem, Rollout, Zones, mean_and_interval, mean_distinct_n, pick_temperature, require,
+    temperature_grid, temperature_zones,
 )
-from reward import RewardError
+from reward import RewardError, RewardPool, check_answer
 from rollout import (
-    Engine, Evaluation, HFEngine, Measured, ModelError, Outcome, ProbeCurves, Sampling, VLLMEngine, base_model,
-    encode_prompts, load_model, load_problems, load_tokenizer, refuse_torchrun, resolve_device, resolve_dtype,
-    reward_pool, sample_groups, set_rewards, uses_vllm,
+    Engine, Evaluation, HFEngine, ProbeCurves, Sampling, VLLMEngine, base_model, load_model, load_tokenizer,
+    resolve_device, resolve_dtype, sample_groups, set_rewards, uses_vllm,
 )
 
-
-def by_length(measured: Sequence[Measured], bounds: Sequence[int]) -> list[tuple[float, int]]:
-    """Return accuracy and number of the responses of up to each bound's tokens (and above the one before); nan: none.
-
-    Source: blog, accuracy by response length (16K, 32K, beyond).
-    """
-    outcomes = [outcome for problem in measured for outcome in problem.outcomes]
-    buckets = []
-    for above, up_to in zip([-1, *bounds], [*bounds, math.inf], strict=True):
-        correct = [outcome.correct for outcome in outcomes if above < outcome.tokens <= up_to]
-        buckets.append((statistics.fmean(correct) if correct else math.nan, len(correct)))
-    return buckets
+# --------------------------------------------------------------------------- the options
 
 
-def by_limit(measured: Sequence[Measured], limits: Sequence[int]) -> list[float]:
-    """Return the accuracy if responses had been cut at each limit of tokens. Source: blog, accuracy by context."""
-    outcomes = [outcome for problem in measured for outcome in problem.outcomes]
-    return [statistics.fmean(o.correct and o.tokens <= limit for o in outcomes) for limit in limits]
-
-
-# -------------------------------------------------------------------------- the commands
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Command(Common):
     """What the commands have in common."""
 
+    model: str = field()
+    """A folder or hub name of a Hugging Face causal language model."""
     problems: int = 0
     """How many problems to take, chosen by the seed; 0: all."""
     top_p: float = 1.0
@@ -86,16 +70,12 @@ class Command(Common):
         require(self, self.rollouts is None or self.rollouts >= 1, "rollouts", "give at least 1")
 
 
-def _rising(numbers: Sequence[int]) -> bool:
-    return all(0 <= below < above for below, above in pairwise([0, *numbers]))
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measure(Command):
     """Measure each problem's pass rate: its difficulty for this very model."""
 
-    data: str = "toy"
-    """Problems: a jsonl, json or parquet file, a hub data set (owner/name, or owner/name:split), or toy."""
+    data: str
+    """Problems: a jsonl, json or parquet file, or a hub data set (owner/name, or owner/name:split)."""
     out: str = "scores.jsonl"
     """Where the pass rates go, one line a problem. What is in it already is not measured again."""
     rollouts: int = 8
@@ -108,11 +88,11 @@ class Measure(Command):
         require(self, 0 < self.temperature < math.inf, "temperature", "give a value above 0")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Probe(Command):
     """Measure accuracy and diversity over temperatures, and choose one."""
 
-    data: str = "toy"
+    data: str
     """Training problems; `problems` of them are probed. Not a benchmark that you report."""
     out: str = "probe"
     """Folder for probe.json, probe.png and the responses. What is in it already is not sampled again."""
@@ -128,11 +108,11 @@ class Probe(Command):
     """Words of each response that the fixed-length diversity looks at."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Eval(Command):
     """Evaluate a model: avg@k, pass@k, by length and by limit. The defaults are the published settings."""
 
-    data: tuple[str, ...] = ("toy",)
+    data: tuple[str, ...]
     """Files of problems or hub data sets, each evaluated by itself."""
     out: str = "eval"
     """Folder for results.json and the responses. What is in it already is not sampled again."""
@@ -161,114 +141,87 @@ class Eval(Command):
         require(self, 1 <= self.yarn_factor < math.inf, "yarn_factor", "give 1 (off) or more")
         require(self, 0 < self.yarn_attention_scale < math.inf, "yarn_attention_scale", "give a value above 0")
         for name in ("length_bounds", "limits"):
-            require(self, _rising(getattr(self, name)), name, "give rising numbers of tokens")
+            rising = all(0 <= below < above for below, above in pairwise([0, *getattr(self, name)]))
+            require(self, rising, name, "give rising numbers of tokens")
+
+
+PUBLISHED_ROLLOUTS = {"aime24": 32, "aime25": 32, "amc23": 8, "minerva": 4, "olympiad": 4}
+"""k of avg@k by data set. Source: release."""
+
+
+# ----------------------------------------------------------------------- what is computed
+
+
+def yarn_config(factor: float, original_max_positions: int, *, attention_scale: float = 1.0) -> dict[str, Any]:
+    """Make the rope settings that stretch a model's positions by `factor`, at inference, for both engines.
+
+    >>> yarn_config(1.5, 65536)["attention_factor"]
+    1.0
+
+    Source: YaRN (arXiv 2309.00071); blog (factor 1.5, at inference only, without attention scaling).
+    Differs from the release: its attn_factor of 1.0 was multiplied by 0.1 ln(1.5) + 1 = 1.0405 in the vLLM of its time
+    and is ignored by today's and by transformers, so YaRN's scaling of attention stayed on.
+    """
+    return {
+        "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original_max_positions,
+        "attention_factor": attention_scale,
+    }  # fmt: skip
+
+
+def by_length(groups: Sequence[Group], bounds: Sequence[int]) -> list[tuple[float, int]]:
+    """Return accuracy and number of the responses of up to each bound's tokens (and above the one before); nan: none.
+
+    Source: blog, accuracy by response length (16K, 32K, beyond).
+    """
+    buckets = []
+    for above, up_to in pairwise([-1, *bounds, math.inf]):
+        correct = [rollout.correct for group in groups for rollout in group.rollouts
+                   if above < len(rollout.response_tokens) <= up_to]  # fmt: skip
+        buckets.append((statistics.fmean(correct) if correct else math.nan, len(correct)))
+    return buckets
+
+
+def by_limit(groups: Sequence[Group], limits: Sequence[int]) -> list[float]:
+    """Return the accuracy if responses had been cut at each limit of tokens. Source: blog, accuracy by context."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    return [statistics.fmean(r.correct and len(r.response_tokens) <= limit for r in rollouts) for limit in limits]
+
+
+def fixed_length_distinct_4(groups: Sequence[Group], words: int) -> float:
+    """Average distinct-4 of each response's first `words` words, over the problems whose responses all have as many.
+
+    Longer responses repeat more, so distinct-4 at different lengths cannot be compared. nan: no problem has as many.
+    """
+    split = [[rollout.text.split() for rollout in group.rollouts] for group in groups]
+    cut = [[" ".join(text[:words]) for text in texts] for texts in split if min(map(len, texts)) >= words]
+    return mean_distinct_n(cut) if cut else math.nan
+
+
+# ------------------------------------------------------------------- drawing, and the file
 
 
 class Session:
     """Draws and grades rollouts for a command, into a file that a second call goes on with."""
 
     def __init__(self, options: Command, path: Path) -> None:
-        refuse_torchrun(type(options).__name__.lower())
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(f"torchrun started {os.environ['WORLD_SIZE']} processes, but this tool runs on one GPU: "
+                            "start it with python")
         self.options, self.path = options, path
-        self.device, self.vllm = resolve_device(options.device), uses_vllm(options)
-        self.model = toy_folder() if options.model == "toy" else options.model
-        self.tokenizer = load_tokenizer(self.model, trust_remote_code=options.trust_remote_code)
+        self.tokenizer = load_tokenizer(options.model, options)
         above = next(folder for folder in path.absolute().parents if folder.exists())
         if not above.is_dir():
-            raise DataError(f"{path} cannot be made, as {above} is no folder: give another --out")
-        self.pool = reward_pool(options, self.tokenizer)
-        self._engine_with: tuple[str, HFEngine | VLLMEngine] | None = None  # its rope, as a key
-        self._longest_prompt = 0
-        self._done: dict[tuple[str, str], Measured] = {}
+            raise UserError(f"{path} cannot be made, as {above} is no folder: give another --out")
+        self.done: dict[tuple[str, str], Group] = {}  # by settings and problem id
         try:
             for line in data.read_lines(path):
-                outcomes = tuple(Outcome(**outcome) for outcome in line.pop("outcomes"))
-                found = Measured(**{**line, "answers": tuple(line["answers"])}, outcomes=outcomes)
-                self._done[_key(found.settings), found.id] = found
+                self.done[as_key(line["settings"]), line["id"]] = from_line(line)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: exists and is not a file of this command: give another --out") from error
-
-    def problems(self, source: str) -> list[Problem]:
-        problems = encode_prompts(self.options, load_problems(self.options, source), self.tokenizer)
-        if 0 < self.options.problems < len(problems):
-            problems = data.hold_out(problems, self.options.problems, self.options.seed)[1]
-        self._longest_prompt = max(self._longest_prompt, *(len(problem.prompt_tokens) for problem in problems))
-        return problems
-
-    def measure(
-        self, source: str, problems: Sequence[Problem], rollouts: int, temperature: float,
-        yarn: Mapping[str, Any] | None = None, keep_text: bool = True,
-    ) -> list[Measured]:
-        """Return every problem with its outcomes; sample those that the file does not hold yet, and append them."""
-        options = self.options
-        settings: dict[str, Any] = {
-            "model": self.model, "data": source, "rollouts": rollouts, "temperature": temperature,
-            "top_p": options.top_p, "top_k": options.top_k, "max_response_tokens": options.max_response_tokens,
-            "yarn": dict(yarn) if yarn else None, "prompt_suffix": options.prompt_suffix,
-            "prompt_examples": options.prompt_examples, "require_think": options.require_think,
-            "reward": options.reward, "seed": options.seed,
-        }
-        key = _key(settings)
-        others = {other for other, _ in self._done} - {key}
-        if not keep_text and others:
-            raise DataError(f"{self.path}: holds pass rates with other settings, {others.pop()}: give another --out")
-        for problem in problems:
-            found = self._done.get((key, problem.id))
-            if found is not None and (found.problem, found.answers) != (problem.text, problem.answers):
-                raise DataError(f"{self.path}: problem {problem.id} has changed in {source} since: give another --out")
-        missing = [problem for problem in problems if (key, problem.id) not in self._done]
-        # Continuous batching idles only at the end of a chunk, so vLLM's are longer. The chunks are those of the whole
-        # list, so that an interrupted measurement draws the same responses.
-        size = max(1, options.rollouts_per_batch * (8 if self.vllm else 1) // rollouts)
-        chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
-        chunks = [chunk for chunk in chunks if any((key, problem.id) not in self._done for problem in chunk)]
-        fits = options.rollouts_per_batch
-        with self._progress(f"{source}, T = {temperature:g}", len(missing)) as (on_problems, on_tokens):
-            for chunk in chunks:
-                seed = random.Random(f"{options.seed}:{temperature}:{chunk[0].id}").getrandbits(63)
-                sampling = Sampling(temperature, options.max_response_tokens, seed, options.top_p, options.top_k)
-                groups, gradings = sample_groups(
-                    self._engine(yarn), self.tokenizer, self.pool, chunk, rollouts, sampling, on_tokens
-                )
-                set_rewards(gradings)
-                fresh = [Measured.of(group, settings, keep_text) for group in groups]
-                fresh = [found for found in fresh if (key, found.id) not in self._done]
-                data.append_lines(self.path, [asdict(found) for found in fresh])
-                self._done |= {(key, found.id): found for found in fresh}
-                on_problems(len(fresh))
-                if self._engine(yarn).rollouts_per_batch < fits:
-                    fits = self._engine(yarn).rollouts_per_batch
-                    print(f"memory ran out; what fits, for next time: --rollouts-per-batch {fits}", file=sys.stderr)
-        return [self._done[key, problem.id] for problem in problems]
-
-    def _engine(self, yarn: Mapping[str, Any] | None) -> Engine:
-        """Load the model when the first response is needed; another rope means another model, in place of the last."""
-        name, options = _key(yarn), self.options
-        if self._engine_with is None or self._engine_with[0] != name:
-            self.close_engine()
-            rope = None if yarn is None else yarn_config(**yarn)
-
-            def load(device: torch.device) -> PreTrainedModel:
-                return load_model(self.model, dtype=resolve_dtype(options, self.device), device=device, rope=rope,
-                                  trust_remote_code=options.trust_remote_code,
-                                  allow_pickled_weights=options.allow_pickled_weights)
-
-            if self.vllm:
-                base, longest = base_model(self.model), self._longest_prompt + options.max_response_tokens
-                adapter = base != self.model
-                engine: HFEngine | VLLMEngine = VLLMEngine(base, self.tokenizer, options, max_tokens=longest, rope=rope,
-                                                           weights="policy" if adapter else "disk")
-                if adapter:
-                    engine.wake(load(torch.device("cpu")))
-            else:
-                engine = HFEngine(load(self.device), self.tokenizer, options)
-            self._engine_with = name, engine
-        return self._engine_with[1]
-
-    def close_engine(self) -> None:
-        if self._engine_with is not None:
-            self._engine_with[1].close()
-            self._engine_with = None  # before the next one is loaded
+            raise UserError(f"{path}: exists and is not a file of this command: give another --out") from error
+        self.pool = RewardPool(options.reward_workers, options.reward_timeout,
+                               options.require_think and data.thinks(self.tokenizer), function=options.reward)
+        self.engine: Engine | None = None
+        self.engine_yarn: Mapping[str, Any] | None = None
 
     def __enter__(self) -> Session:
         return self
@@ -277,42 +230,110 @@ class Session:
         self.pool.close()
         self.close_engine()
 
-    @contextlib.contextmanager
-    def _progress(self, title: str, total: int) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    def problems(self, source: str) -> list[Problem]:
+        options = self.options
+        check = (lambda answers: None) if options.reward else check_answer  # a function of the user's reads its own
+        loaded = data.load_problems(source, check_answers=check, skip_bad_rows=options.skip_bad_rows)
+        problems = data.encode_prompts(loaded, self.tokenizer, options)
+        if 0 < options.problems < len(problems):  # chosen by the seed and the id, wherever in the file it stands
+            problems.sort(key=lambda problem: hashlib.sha256(f"{options.seed}:{problem.id}".encode()).digest())
+        return problems[: options.problems or None]
 
-        with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                      TextColumn("{task.fields[tokens]:,} tokens"), disable=not sys.stderr.isatty()) as progress:
-            task = progress.add_task(title, total=total, tokens=0)
-            tokens = 0
+    def measure(
+        self, source: str, problems: Sequence[Problem], rollouts: int, temperature: float,
+        yarn: Mapping[str, Any] | None = None,
+    ) -> list[Group]:
+        """Return a group for every problem; draw those that the file does not hold yet, and append them."""
+        options = self.options
+        only_rates = isinstance(options, Measure)  # its file is to be used as data: of one setting, without texts
+        settings: dict[str, Any] = {
+            "model": options.model, "data": source, "rollouts": rollouts, "temperature": temperature,
+            "top_p": options.top_p, "top_k": options.top_k, "max_response_tokens": options.max_response_tokens,
+            "yarn": yarn, "prompt_suffix": options.prompt_suffix, "require_think": options.require_think,
+            "reward": options.reward, "seed": options.seed,
+        }
+        key = as_key(settings)
+        others = {other for other, _ in self.done} - {key}
+        if only_rates and others:
+            raise UserError(f"{self.path}: holds pass rates with other settings, {others.pop()}: give another --out")
+        for problem in problems:
+            known = self.done.get((key, problem.id))
+            if known and (known.problem.text, known.problem.answers) != (problem.text, problem.answers):
+                raise UserError(f"{self.path}: problem {problem.id} has changed in {source} since: give another --out")
+        # Continuous batching idles only at the end of a chunk, so vLLM's are longer. The chunks are those of the whole
+        # list, so that an interrupted measurement draws the same responses.
+        size = max(1, options.rollouts_per_batch * (8 if uses_vllm(options) else 1) // rollouts)
+        with tqdm(total=len(problems), desc=f"{source}, T = {temperature:g}", unit="problem", disable=None) as progress:
+            for chunk in (problems[i : i + size] for i in range(0, len(problems), size)):
+                if not all((key, problem.id) in self.done for problem in chunk):
+                    seed = random.Random(f"{options.seed}:{temperature}:{chunk[0].id}").getrandbits(63)
+                    sampling = Sampling(temperature, options.max_response_tokens, seed, options.top_p, options.top_k)
+                    drawn = sample_groups(self.start_engine(yarn), self.pool, chunk, rollouts, sampling)
+                    fresh = [g for g in set_rewards(*drawn) if (key, g.problem.id) not in self.done]
+                    data.append_lines(self.path, [to_line(g, settings, keep_text=not only_rates) for g in fresh])
+                    self.done |= {(key, g.problem.id): g for g in fresh}
+                progress.update(len(chunk))
+        return [self.done[key, problem.id] for problem in problems]
 
-            def on_tokens(count: int) -> None:
-                nonlocal tokens
-                tokens += count
-                progress.update(task, tokens=tokens)
+    def start_engine(self, yarn: Mapping[str, Any] | None) -> Engine:
+        """Load the model when the first response is needed. One with other positions takes the last one's place."""
+        if self.engine is not None and self.engine_yarn == yarn:
+            return self.engine
+        self.close_engine()
+        options, rope = self.options, yarn and yarn_config(**yarn)
+        dtype = resolve_dtype(options, resolve_device(options.device))
+        if uses_vllm(options):
+            base, longest = base_model(options.model), options.max_prompt_tokens + options.max_response_tokens
+            if base == options.model:
+                self.engine = VLLMEngine(base, self.tokenizer, options, longest, rope=rope)
+            else:  # an adapter, which is merged into its base in CPU memory
+                merged = load_model(options.model, replace(options, device="cpu"), dtype, rope=rope)
+                self.engine = VLLMEngine(base, self.tokenizer, options, longest, rope=rope, policy=merged)
+                self.engine.wake(merged)
+        else:
+            self.engine = HFEngine(load_model(options.model, options, dtype, rope=rope), self.tokenizer, options)
+        self.engine_yarn = yarn
+        return self.engine
 
-            yield lambda count: progress.advance(task, count), on_tokens
+    def close_engine(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None  # before the next one is loaded
 
 
-def _key(settings: Mapping[str, Any] | None) -> str:
+def as_key(settings: Mapping[str, Any]) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
-def toy_folder() -> str:
-    """Return the toy model that `python train.py` used last."""
-    folders = sorted(data.toy_cache().glob("toy-*"), key=lambda folder: folder.stat().st_mtime)
-    if not folders:
-        raise ModelError("model is toy: there is none yet; run python train.py once, or give the folder of a model")
-    return str(folders[-1])
+def to_line(group: Group, settings: Mapping[str, Any], *, keep_text: bool) -> dict[str, Any]:
+    """Describe a graded group and all settings that decided about it. The line is also a problem for training."""
+    problem = group.problem
+    outcomes = [{"reward": rollout.reward, "reason": rollout.reason, "tokens": len(rollout.response_tokens),
+                 "truncated": rollout.truncated, "text": rollout.text if keep_text else ""}
+                for rollout in group.rollouts]  # fmt: skip
+    return {"id": problem.id, "problem": problem.text, "answers": problem.answers, "system": problem.system,
+            "pass_rate": group.pass_rate, "outcomes": outcomes, "settings": settings}  # fmt: skip
+
+
+def from_line(line: Mapping[str, Any]) -> Group:
+    """Make a group of what `to_line` has kept of it: not which tokens a response has, but how many."""
+    problem = Problem(line["id"], line["problem"], tuple(line["answers"]), line["pass_rate"], line["system"])
+    rollouts = [
+        Rollout(problem.id, (), [0] * o["tokens"], [], o["text"], "length" if o["truncated"] else "stop",
+                o["reward"], o["reason"]) for o in line["outcomes"]
+    ]  # fmt: skip
+    return Group(problem, rollouts)
+
+
+# -------------------------------------------------------------------------- the commands
 
 
 def run_measure(options: Measure) -> None:
-    session = Session(options, Path(options.out))
-    problems = session.problems(options.data)
-    with session:
-        measured = session.measure(options.data, problems, options.rollouts, options.temperature, keep_text=False)
-    mean, interval = mean_and_interval([found.pass_rate for found in measured])
-    print(f"{options.out}: {len(measured)} problems, mean pass rate {mean:.1%} +- {interval:.1%}")
+    with Session(options, Path(options.out)) as session:
+        problems = session.problems(options.data)
+        groups = session.measure(options.data, problems, options.rollouts, options.temperature)
+    mean, interval = mean_and_interval([group.pass_rate for group in groups])
+    print(f"{options.out}: {len(groups)} problems, mean pass rate {mean:.1%} +- {interval:.1%}")
     print(f"next: python tools/difficulty.py histogram {options.out}; "
           f"python tools/difficulty.py filter --scores {options.out} --out FILE")
 
@@ -320,42 +341,38 @@ def run_measure(options: Measure) -> None:
 def run_probe(options: Probe) -> None:
     grid = temperature_grid(options.temperatures)
     folder = Path(options.out)
-    session = Session(options, folder / "responses.jsonl")
-    problems = session.problems(options.data)
-    with session:
+    with Session(options, folder / "responses.jsonl") as session:
+        problems = session.problems(options.data)
         measured = {t: session.measure(options.data, problems, options.rollouts, t) for t in grid}
-    curves = ProbeCurves.of(measured, options.diversity_words)
+    curves = ProbeCurves.of(measured)
+    fixed = {t: fixed_length_distinct_4(groups, options.diversity_words) for t, groups in measured.items()}
     zones = temperature_zones(curves.accuracy, curves.noise)
-    print(f"{len(problems)} problems x {options.rollouts} rollouts\n")
-    print("temperature  accuracy  (noise)  distinct-4  fixed length  zone")
+    rows = []
     for t in grid:
         zone = ("robust generation" if t <= zones.robust_until else
                 "controlled exploration" if t <= zones.exploration_until else "performance collapse")
-        print(f"{t:11g}  {curves.accuracy[t]:8.1%}  {curves.noise[t]:7.1%}  {curves.distinct_4[t]:10.3f}"
-              f"  {curves.distinct_4_fixed[t]:12.3f}  {zone}")
+        rows.append([f"{t:g}", f"{curves.accuracy[t]:.1%}", f"{curves.noise[t]:.1%}", f"{curves.distinct_4[t]:.3f}",
+                     f"{fixed[t]:.3f}", zone])  # fmt: skip
+    print_table(f"{len(problems)} problems x {options.rollouts} rollouts",
+                ["temperature", "accuracy", "(noise)", "distinct-4", "fixed length", "zone"], rows)
     chosen = {"first stage": pick_temperature(curves.accuracy, curves.distinct_4, noise=curves.noise)}
     if options.match_diversity is not None:
         chosen["later stage"] = pick_temperature(
             curves.accuracy, curves.distinct_4, match=options.match_diversity, noise=curves.noise
         )
+    print()
     for name, temperature in chosen.items():
-        print(f"\n{name}: {temperature:g}", end="")
+        print(f"{name}: {temperature:g}")
     if zones.exploration_until == grid[-1]:
-        print(f"\nno collapse up to {grid[-1]:g}: try higher --temperatures", end="")
-    plot = folder / "probe.png"
-    plot_probe(curves, zones, plot)
-    results = {"settings": asdict(options), "curves": asdict(curves), "zones": asdict(zones), "temperature": chosen}
+        print(f"no collapse up to {grid[-1]:g}: try higher --temperatures")
+    results = {"settings": asdict(options), "curves": asdict(curves) | {"distinct_4_fixed": fixed},
+               "zones": asdict(zones), "temperature": chosen}  # fmt: skip
     write_results(folder / "probe.json", results)
-    print(f"\n\n{plot}, {folder / 'probe.json'}")
+    plot_probe(curves, fixed, zones, folder / "probe.png")
+    print(f"\n{folder / 'probe.png'}, {folder / 'probe.json'}")
 
 
-def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Write json; nan, which json does not know, becomes null."""
-    known = json.loads(json.dumps(results), parse_constant=lambda nan: None)
-    data.write_whole(path, json.dumps(known, indent=2) + "\n")
-
-
-def plot_probe(curves: ProbeCurves, zones: Zones, path: Path) -> None:
+def plot_probe(curves: ProbeCurves, fixed: Mapping[float, float], zones: Zones, path: Path) -> None:
     from matplotlib.figure import Figure
 
     grid = list(curves.accuracy)
@@ -364,7 +381,7 @@ def plot_probe(curves: ProbeCurves, zones: Zones, path: Path) -> None:
     axis.errorbar(grid, list(curves.accuracy.values()), yerr=list(curves.noise.values()), marker="o", capsize=3,
                   label="accuracy, with the standard error of its distance to the best")
     axis.plot(grid, list(curves.distinct_4.values()), marker="s", label="distinct-4")
-    axis.plot(grid, list(curves.distinct_4_fixed.values()), "--", label="distinct-4 at fixed length")
+    axis.plot(grid, list(fixed.values()), "--", label="distinct-4 at fixed length")
     borders = [grid[0], zones.robust_until, zones.exploration_until, grid[-1]]
     for name, colour, (start, end) in zip(
         ("robust generation", "controlled exploration", "performance collapse"), ("green", "orange", "red"),
@@ -377,87 +394,78 @@ def plot_probe(curves: ProbeCurves, zones: Zones, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-PUBLISHED_ROLLOUTS = {"aime24": 32, "aime25": 32, "amc23": 8, "minerva": 4, "olympiad": 4}
-"""k of avg@k by data set. Source: release."""
-
-
 def run_eval(options: Eval) -> None:
     folder = Path(options.out)
-    session = Session(options, folder / "responses.jsonl")
-    sources = {source: session.problems(source) for source in options.data}  # all are checked before anything is drawn
-    variants: dict[str, Mapping[str, Any] | None] = {"plain": None}
-    if options.yarn_factor != 1.0:
-        positions = options.original_max_positions or max_positions(session.model, options.trust_remote_code)
-        variants[f"YaRN {options.yarn_factor:g}"] = {
-            "factor": options.yarn_factor, "original_max_positions": positions,
-            "attention_scale": options.yarn_attention_scale,
-        }
     results: dict[str, Any] = {}
-    with session:
+    with Session(options, folder / "responses.jsonl") as session:
+        sources = {source: session.problems(source) for source in options.data}  # all are checked before any is drawn
+        variants: dict[str, Mapping[str, Any] | None] = {"plain": None}
+        if options.yarn_factor != 1.0:
+            positions = options.original_max_positions or max_positions(options)
+            variants[f"YaRN {options.yarn_factor:g}"] = {
+                "factor": options.yarn_factor, "original_max_positions": positions,
+                "attention_scale": options.yarn_attention_scale,
+            }
         for variant, yarn in variants.items():
             for source, problems in sources.items():
                 k = options.rollouts or PUBLISHED_ROLLOUTS.get(Path(source).name.partition(".")[0], 8)
-                found = session.measure(source, problems, k, options.temperature, yarn)
-                results.setdefault(source, {})[variant] = asdict(Evaluation.of(found)) | {
-                    "by_length": by_length(found, options.length_bounds), "by_limit": by_limit(found, options.limits),
+                groups = session.measure(source, problems, k, options.temperature, yarn)
+                results.setdefault(source, {})[variant] = asdict(Evaluation.of(groups)) | {
+                    "by_length": by_length(groups, options.length_bounds), "by_limit": by_limit(groups, options.limits),
                 }
     path = folder / "results.json"
     write_results(path, {"settings": asdict(options), "results": results})
     print_evaluations(results, options)
-    print(path)
+    print(f"\n{path}")
 
 
-def max_positions(model: str, trust_remote_code: bool) -> int:
-    settings = AutoConfig.from_pretrained(base_model(model), trust_remote_code=trust_remote_code)
-    return settings.get_text_config().max_position_embeddings
+def max_positions(options: Command) -> int:
+    config = AutoConfig.from_pretrained(base_model(options.model), trust_remote_code=options.trust_remote_code)
+    return config.get_text_config().max_position_embeddings
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Write json; nan, which json does not know, becomes null."""
+    known = json.loads(json.dumps(results), parse_constant=lambda nan: None)
+    data.write_whole(path, json.dumps(known, indent=2) + "\n")
 
 
 def print_evaluations(results: Mapping[str, Any], options: Eval) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    def table(title: str, heads: Sequence[str], cells: Callable[[dict[str, Any]], list[str]]) -> None:
-        shown = Table(title=title)
-        for head in ("data", "", *heads):
-            shown.add_column(head, no_wrap=True)
-        for source, variants in results.items():
-            for variant, result in variants.items():
-                shown.add_row(Path(source).stem, variant, *cells(result))
-        console.print(shown)
-
-    console = Console(soft_wrap=True, width=max(110, Console().width))  # cells are never cut
-    table("accuracy", ("problems", "k", "avg@k", "95 % interval", "pass@k", "tokens", "truncated", "distinct-4"),
-          lambda e: [str(e["problems"]), str(e["k"]), f"{e['avg_at_k']:.1%}", f"+- {e['interval']:.1%}",
-                     f"{e['pass_at_k'][-1]:.1%}", f"{e['tokens_mean']:.0f}", f"{e['truncated']:.1%}",
-                     f"{e['distinct_4']:.3f}"])
-    most = max(e["k"] for variants in results.values() for e in variants.values())
-    tries = [2**i for i in range(most.bit_length())]
-    table("pass@k", [f"k = {k}" for k in tries],
-          lambda e: [f"{e['pass_at_k'][k - 1]:.1%}" if k <= e["k"] else "" for k in tries])
+    named = {(Path(source).stem, variant): found for source, of in results.items() for variant, found in of.items()}
+    print_table("accuracy",
+                ["data", "", "problems", "k", "avg@k", "95 % interval", "pass@k", "tokens", "truncated", "distinct-4"],
+                [[*name, str(e["problems"]), str(e["k"]), f"{e['avg_at_k']:.1%}", f"+- {e['interval']:.1%}",
+                  f"{e['pass_at_k'][-1]:.1%}", f"{e['tokens_mean']:.0f}", f"{e['truncated']:.1%}",
+                  f"{e['distinct_4']:.3f}"] for name, e in named.items()])  # fmt: skip
+    tries = [2**i for i in range(max(e["k"] for e in named.values()).bit_length())]
+    print_table("pass@k", ["data", "", *(f"k = {k}" for k in tries)],
+                [[*name, *(f"{e['pass_at_k'][k - 1]:.1%}" if k <= e["k"] else "" for k in tries)]
+                 for name, e in named.items()])  # fmt: skip
     bounds = options.length_bounds
     heads = [*(f"up to {bound}" for bound in bounds), f"above {bounds[-1]}"] if bounds else ["all"]
-    table("accuracy by response length in tokens (share of responses)", heads,
-          lambda e: ["-" if not count else f"{accuracy:.1%} ({count / (e['problems'] * e['k']):.0%})"
-                     for accuracy, count in e["by_length"]])
+    print_table("accuracy by response length in tokens (share of responses)", ["data", "", *heads],
+                [[*name, *(f"{accuracy:.1%} ({count / (e['problems'] * e['k']):.0%})" if count else "-"
+                           for accuracy, count in e["by_length"])] for name, e in named.items()])  # fmt: skip
     limits = [limit for limit in options.limits if limit < options.max_response_tokens]
-    table("accuracy by response limit in tokens", [*map(str, limits), str(options.max_response_tokens)],
-          lambda e: [*(f"{accuracy:.1%}" for accuracy in e["by_limit"][: len(limits)]), f"{e['avg_at_k']:.1%}"])
+    heads = [*map(str, limits), str(options.max_response_tokens)]
+    print_table("accuracy by response limit in tokens", ["data", "", *heads],
+                [[*name, *(f"{accuracy:.1%}" for accuracy in e["by_limit"][: len(limits)]), f"{e['avg_at_k']:.1%}"]
+                 for name, e in named.items()])  # fmt: skip
 
 
-COMMANDS: dict[str, tuple[type[Command], Callable[[Any], None]]] = {
-    "measure": (Measure, run_measure), "probe": (Probe, run_probe), "eval": (Eval, run_eval),
-}
+def print_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    print(f"\n{title}\n")
+    for row in (heads, *rows):
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
 
 
 def main(arguments: Sequence[str]) -> None:
-    if not arguments or arguments[0] not in COMMANDS:
-        print(__doc__)
-        if arguments and arguments[0] not in ("-h", "--help"):
-            raise DataError(f"command is {arguments[0]}: give one of {', '.join(COMMANDS)}")
-        return
     transformers_logging.disable_progress_bar()
-    options_class, command = COMMANDS[arguments[0]]
-    command(data.read_options(options_class, arguments[1:], f"tools/evaluate.py {arguments[0]}"))
+    commands: Any = Eval | Probe | Measure
+    options = tyro.cli(commands, args=arguments, prog="tools/evaluate.py", description=__doc__)
+    run: Any = {Eval: run_eval, Probe: run_probe, Measure: run_measure}[type(options)]
+    run(options)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import tyro
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import data
-from data import DataError
+from data import training_and_held_out, written_whole
 from difficulty import write_problems
 from plan import model_shape
-from polaris_mini import Config
-from rollout import ModelError, refuse_torchrun
-from train import ConfigError, Display, load_data, need_a_batch, read_config, written_whole
+from polaris_mini import Config, UserError
+from reward import check_answer
+from train import read_config
 
 
 @dataclass(frozen=True)
@@ -40,76 +41,69 @@ class ExportVerl:
     """Machines of the Ray cluster."""
 
 
-def export_verl(options: ExportVerl, config: Config, display: Display) -> None:
+def export_verl(options: ExportVerl, config: Config) -> None:
     """Write train.parquet, val.parquet, run.sh and what verl calls of ours.
 
-    Raises: ConfigError for settings that would mean something else there.
+    Raises: UserError for settings that would mean something else there.
     """
-    if config.model == "toy":
-        raise ConfigError("model is toy: give --model, a folder or hub name")
     if config.resume is not None:
-        raise ConfigError(f"resume is {config.resume}: give its checkpoint as --model, and the other options again")
+        raise UserError(f"resume is {config.resume}: give its checkpoint as --model, and the other options again")
     for name, count in (("gpus", options.gpus), ("machines", options.machines)):
         if count < 1:
-            raise ConfigError(f"{name} is {count}: give at least 1")
+            raise UserError(f"{name} is {count}: give at least 1")
     if config.reward is not None:
-        raise ConfigError(f"reward is {config.reward}: leave it out, and name a function of verl's form to run.sh: "
-                          "reward.custom_reward_function.path=FILE.py")
-    for number, stage in enumerate(config.stages, start=1):
+        raise UserError(f"reward is {config.reward}: leave it out, and name a function of verl's form to run.sh: "
+                        "reward.custom_reward_function.path=FILE.py")
+    for number, stage in enumerate(config.schedule, start=1):
         if stage.temperature == "auto":
-            raise ConfigError(f"the temperature of stage {number} is auto: choose it with "
-                              "python tools/evaluate.py probe")
+            raise UserError(f"the temperature of stage {number} is auto: choose it with python tools/evaluate.py probe")
     if options.out.exists():
-        raise ConfigError(f"out is {options.out}: it exists already; give another")
+        raise UserError(f"out is {options.out}: it exists already; give another")
     if config.prompts_per_step % config.updates_per_batch:
-        raise ConfigError(f"updates_per_batch is {config.updates_per_batch}: on verl it must divide prompts_per_step "
-                          f"({config.prompts_per_step})")
-    training, evaluation = load_data(config)
-    need_a_batch(config, training)
-    examples = data.load_worked_examples(config.prompt_examples) if config.prompt_examples else ()
+        raise UserError(f"updates_per_batch is {config.updates_per_batch}: on verl it must divide prompts_per_step "
+                        f"({config.prompts_per_step})")
+    training, held_out = training_and_held_out(config, check_answer)
     with written_whole(options.out) as folder:
-        for name, problems in (("train", training), ("val", evaluation or training)):
-            write_problems(problems, folder / f"{name}.parquet", "verl", config.prompt_suffix, examples)
+        for name, problems in (("train", training), ("val", held_out or training)):
+            write_problems(problems, folder / f"{name}.parquet", "verl", config.prompt_suffix)
         here = Path(__file__).resolve().parent
         for source in (here.parent / "polaris_mini.py", here.parent / "reward.py", here / "verl" / "polaris_verl.py"):
             shutil.copy(source, folder)
         (folder / "run.sh").write_text(verl_script(config, options))
         (folder / "run.sh").chmod(0o755)
-    display.note(f"{options.out}: {len(training):,} problems, {len(evaluation):,} held out, and run.sh. It leaves out:")
+    print(f"{options.out}: {len(training):,} problems, {len(held_out):,} held out, and run.sh. It leaves out:")
     for left_out in not_on_verl(config):
-        display.note(f"  {left_out}")
+        print(f"  {left_out}")
     if config.require_think:
-        display.note("A response needs </think> there; for a model that does not think give --no-require-think.")
+        print("A response needs </think> there; for a model that does not think give --no-require-think.")
 
 
 def verl_script(config: Config, options: ExportVerl) -> str:
     """Fill in verl/run.sh: <name> is a setting, or what stands for it in verl."""
     optimizer, package = {"adamw": ("AdamW", "torch.optim"), "adamw8bit": ("AdamW8bit", "bitsandbytes.optim"),
-                          "sgd": ("SGD", "torch.optim")}[config.optimizer]  # fmt: skip
+                          "sgd": ("SGD", "torch.optim")}[config.optimizer.removeprefix("paged_")]  # fmt: skip
     folder, positions = Path(config.model), model_shape(config).get_text_config().max_position_embeddings
     values = vars(config) | vars(options) | {
         "model": folder.absolute() if folder.is_dir() else config.model,
         "positions": max(positions, config.max_prompt_tokens + config.longest_response),
-        "logger": "[console]" if config.track == "none" else f"[console,{config.track}]",
         "validate": config.eval_every >= 0,
         "eval_every": config.eval_every or config.total_steps,
-        "eval_temperature": config.eval_temperature or config.stages[0].temperature,
+        "eval_temperature": config.eval_temperature or config.schedule[0].temperature,
         "load_format": "safetensors" if config.lora_rank else "dummy",
         "estimator": "polaris" if config.substitute else "grpo",
         "divide_by_std": config.advantage == "grpo",
         "correction": "null" if config.mismatch == "ignore" else "token",
-        "correction_bounds": "0.5_2.0" if config.mismatch == "icepop" else 2.0,
         "clip_high": min(config.clip_high, 1e9),
         "dual_clip": min(config.dual_clip, 1e9),
         "prompts_per_update": config.prompts_per_step // config.updates_per_batch,
         "optimizer": optimizer,
+        "offload_optimizer": config.optimizer.startswith("paged_"),
         "optimizer_package": package,
         "betas": f"[{config.beta1},{config.beta2}]",
         "dtype": "bfloat16" if config.dtype == "auto" else config.dtype,
-        "model_dtype": "bf16" if config.trained_weights == "bfloat16" else "fp32",
     }
     stages, begin = [], 0
-    for stage in config.stages:
+    for stage in config.schedule:
         length, end = config.max_prompt_tokens + stage.max_response_tokens, begin + stage.steps
         stages.append(f"stage {begin} {end} {'reset' if stage.reset_optimizer else 'keep'} {stage.temperature} "
                       f"{stage.max_response_tokens} {max(length, config.tokens_per_micro_batch)}")
@@ -125,26 +119,23 @@ def not_on_verl(config: Config) -> list[str]:
         "Rollout Rescue: verl keeps no responses": config.rescue,
         "the removal of mastered problems between stages: measure and filter train.parquet again":
             config.mastered_above < 1,
-        "ends of stages at a plateau": any(stage.until == "plateau" for stage in config.stages),
         "rewards for intermediate results (core)": config.process_reward == "core",
         "skipping the update of a batch with too few informative groups: its advantages are 0, but Adam's momentum "
         "moves the weights": config.substitute,
         "several updates per batch: the weights of substitution are then those of the whole batch, not of each update":
             config.substitute and config.updates_per_batch > 1,
         "4-bit base weights": config.quantize_base,
-        "the warm start": config.warmup is not None,
     }.items() if used] or ["nothing"]
 
 
 def main(arguments: Sequence[str]) -> None:
-    refuse_torchrun("export_verl")
-    options, others = data.read_options(ExportVerl, arguments, "tools/export_verl.py", return_unknown_args=True)
-    export_verl(options, read_config(others), Display())
+    options, others = tyro.cli(ExportVerl, args=arguments, prog="tools/export_verl.py", return_unknown_args=True)
+    export_verl(options, read_config(others))
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (DataError, ModelError, ConfigError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"export_verl.py: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -20,9 +20,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
-from data import DataError
 from difficulty import difficulty_histogram
-from polaris_mini import temperature_zones
+from polaris_mini import UserError, temperature_zones
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Report:
 def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     """Put what the logs of some runs hold into one HTML file, with the code that draws it: report.html.
 
-    Raises: DataError for a folder without metrics.
+    Raises: UserError for a folder without metrics.
     """
     from plotly.offline import get_plotlyjs
 
@@ -62,7 +61,7 @@ def report_of(folder: Path) -> dict[str, Any]:
     """Collect what the page shows of a run: of many rollouts those of every N-th step, or no browser could open it."""
     logs = {name: list(data.read_lines(folder / f"{name}.jsonl")) for name in ("metrics", "evaluations", "probes")}
     if not logs["metrics"]:
-        raise DataError(f"{folder}: no metrics.jsonl with a step in it; give the folder of a run")
+        raise UserError(f"{folder}: no metrics.jsonl with a step in it; give the folder of a run")
     path = folder / "rollouts.jsonl"
     last, every = logs["metrics"][-1]["step"], 1 + path.stat().st_size // PAGE_BYTES
     logs["rollouts"] = [line for line in data.read_lines(path) if (last - line["step"]) % every == 0]
@@ -87,18 +86,18 @@ def known_difficulty(folder: Path, step: int) -> list[int]:
 def newest_run() -> Path:
     logs = sorted(Path("runs").glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
     if not logs:
-        raise DataError("report needs a run, and runs/ has none: python tools/report.py RUN [RUN...]")
+        raise UserError("report needs a run, and runs/ has none: python tools/report.py RUN [RUN...]")
     return logs[-1].parent
 
 
 def main(arguments: Sequence[str]) -> None:
-    options = data.read_options(Report, arguments, "tools/report.py")
+    options = tyro.cli(Report, args=arguments, prog="tools/report.py")
     print(write_report(options.runs or (newest_run(),), options.out))
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (DataError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         sys.exit(2)

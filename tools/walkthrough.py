@@ -1,44 +1,54 @@
 """Follow one real training step of the toy world through the code, number by number: makes docs/walkthrough.md.
 
-    python tools/walkthrough.py > docs/walkthrough.md      # about a minute, more where the toy model is made first
+    python tools/walkthrough.py > docs/walkthrough.md      # some seconds
+
+It holds, in `plain_loss`, the update in its simplest form: whole logits and torch's own gradient.
 """
 from __future__ import annotations
 
-import argparse
-import contextlib
-import io
+import inspect
 import random
 import sys
 import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import train
-from polaris_mini import PRESETS, Config, Group, rescue, set_advantages, substitute
-from rollout import HFEngine, Sampling, encode_prompts, load_model, reward_pool, sample_groups, set_rewards
+from polaris_mini import PRESETS, Config, Group, Rollout, policy_loss, rescue, set_advantages, substitute
+from reward import RewardPool, check_answer
+from rollout import Engine, HFEngine, Sampling, load_tokenizer, sample_groups, set_rewards
+
+
+def plain_loss(model: Any, rollout: Rollout, weight: float, temperature: float, config: Config) -> torch.Tensor:
+    """Return the loss of one rollout from the logits of all its tokens."""
+    prompt, response = rollout.prompt_tokens, torch.tensor(rollout.response_tokens)
+    logits = model(torch.tensor([[*prompt, *rollout.response_tokens]])).logits[0]  # (tokens, V)
+    log_p = (logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1)  # (T, V)
+    logprobs = log_p.gather(1, response[:, None])[:, 0]  # (T,)
+    losses, _ = policy_loss(
+        logprobs, logprobs.detach(), torch.full_like(logprobs, rollout.advantage),
+        clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
+    )  # fmt: skip
+    return weight * losses.sum()
 
 
 def walk(config: Config, step: int = 21) -> None:
     """Print the step in Markdown. `step`: which batch of problems is taken; the policy is the untrained one."""
-    display = train.Display()
-    with contextlib.redirect_stdout(io.StringIO()):
-        training, evaluation = train.load_data(config)
-        folder = train.toy_model_folder(config, evaluation, display)
-    tokenizer = data.toy_tokenizer()
-    model = load_model(str(folder), dtype=torch.float32, device=torch.device("cpu"))
-    policy = train.prepare_policy(model, config)
-    problems = encode_prompts(config, training, tokenizer)
-    rng = random.Random(f"{config.seed}:{step}")
-    stage = config.stages[0]
-    temperature = float(stage.temperature)
-    sampler = data.ProblemSampler(problems, config.seed)
+    tokenizer, policy = load_tokenizer(config.model, config), train.load_policy(config)
+    training, _ = data.training_and_held_out(config, check_answer)
+    sampler = data.ProblemSampler(data.encode_prompts(training, tokenizer, config), config.seed)
     for _ in range(step):
         sampler.advance(config.prompts_per_step)
-    batch_problems = sampler.peek(config.prompts_per_step)
+    rng, stage = random.Random(f"{config.seed}:{step}"), config.schedule[0]
+    temperature = float(stage.temperature)
 
     say("# One step, number by number")
     say(f"Made by `python tools/walkthrough.py`: the toy model before training, batch {step + 1} of seed "
@@ -46,57 +56,56 @@ def walk(config: Config, step: int = 21) -> None:
         "those of the code; everything below was computed by them.")
 
     say("## 0. Stage: `enter_stage`")
-    say(f"The first of {len(config.stages)} stages: {stage.steps} steps at temperature {temperature:g}, responses of "
-        f"at most {stage.max_response_tokens} tokens.")
+    say(f"The first of {len(config.stages)} stages, `{stage}`: {stage.steps} steps at temperature {temperature:g}, "
+        f"responses of at most {stage.max_response_tokens} tokens.")
 
     say("## 1. Rollout: `sample_groups`")
     sampling = Sampling(temperature, stage.max_response_tokens, seed=rng.getrandbits(63))
     engine = HFEngine(policy, tokenizer, config)
-    with reward_pool(config, tokenizer) as pool:
-        groups, gradings = sample_groups(engine, tokenizer, pool, batch_problems, config.group_size, sampling)
-        set_rewards(gradings)
-    sink: dict = {}
-    seen = seen_before(config, groups, engine, tokenizer, sampling, sink)
+    sink: dict[str, Rollout] = {}
+    with RewardPool(config.reward_workers, config.reward_timeout, require_think=data.thinks(tokenizer)) as pool:
+        problems = sampler.peek(config.prompts_per_step)
+        groups = set_rewards(*sample_groups(engine, pool, problems, config.group_size, sampling))
+        seen = fill_sink(sink, groups, engine, pool, sampling)
     group = min(groups, key=lambda g: (not g.informative, g.pass_rate > 0.5, abs(len(g.problem.text) - 25)))
-    say(f"One problem asks for {group.problem.text}; its ground truth is {group.problem.answers[0]}. Its "
-        f"prompt, which `encode_prompts` made of the chat template, has {len(group.problem.prompt_tokens)} tokens:")
+    first = group.rollouts[0]
+    say(f"One problem asks for {group.problem.text}; its answer is {group.problem.answers[0]}. Its prompt, which "
+        f"`encode_prompts` made of the chat template, has {len(group.problem.prompt_tokens)} tokens:")
     code(tokenizer.decode(group.problem.prompt_tokens))
     say("The engine draws a token from the policy's probabilities at this temperature, keeps its log-prob, and so on "
-        f"until `<|end|>` or the limit. The first of its {config.group_size} responses, with each token's "
-        "log-prob:")
-    first = group.rollouts[0]
-    drawn = [f"{tokenizer.decode([token])!r} {logprob:.2f}" for token, logprob in zip(
-        first.response_tokens, first.sampler_logprobs, strict=True)]
-    code("\n".join("   ".join(drawn[i : i + 9]) for i in range(0, len(drawn), 9)))
+        f"until `<|end|>` or the limit. The first of its {config.group_size} responses, with each token's log-prob:")
+    drawn = [f"{tokenizer.decode([token])!r} {logprob:.2f}"
+             for token, logprob in zip(first.response_tokens, first.sampler_logprobs, strict=True)]
+    code("\n".join("   ".join(drawn[i : i + 8]) for i in range(0, len(drawn), 8)))
 
     say("## 2. Reward: `set_rewards`")
     say("1 if the answer in the box is right. All of the group:")
     table(["", "response", "tokens", "reward", "reason"], [
         [i, f"`{rollout.text.replace(chr(10), ' ; ')}`", len(rollout.response_tokens), rollout.reward, rollout.reason]
         for i, rollout in enumerate(group.rollouts, start=1)])
-    say(f"Its pass rate is {group.pass_rate:g}. Groups of the batch by pass rate: " + ", ".join(
-        f"{sum(g.pass_rate == rate for g in groups)} at {rate:g}"
-        for rate in sorted({g.pass_rate for g in groups})) + ".")
+    rates = sorted({g.pass_rate for g in groups})
+    say(f"Its pass rate is {group.pass_rate:g}. Groups of the batch by pass rate: "
+        + ", ".join(f"{sum(g.pass_rate == rate for g in groups)} at {rate:g}" for rate in rates) + ".")
 
     say("## 3. Rescue: `rescue`")
-    before = sum(not any(r.correct for r in g.rollouts) for g in groups)
-    rescued = rescue(groups, sink, rng)
-    swapped = [g for g in rescued if any(r.rescued for r in g.rollouts)]
-    say(f"In {before} groups nothing is right. Say these problems were met before (here: {seen} further rollouts of "
-        f"each were drawn for this page), and a correct response of {len(swapped)} of them lies in the sink. Each of "
-        "these groups gets it in place of a wrong one.")
-    if swapped:
-        borrowed = next(r for r in swapped[0].rollouts if r.rescued)
-        say(f"Problem {swapped[0].problem.text} gets back:")
-        code(borrowed.text)
+    batch = rescue(groups, sink, rng)
+    borrowed = [rollout for g in batch for rollout in g.rollouts if rollout.rescued]
+    say(f"In {sum(g.pass_rate == 0 for g in groups)} groups nothing is right. Say these problems were met before "
+        f"(for this page, {seen} further rollouts of each were drawn), and a correct response of {len(borrowed)} of "
+        "them lies in the sink. Each of these groups gets it in place of a wrong one.")
+    if borrowed:
+        (problem,) = (problem for problem in problems if problem.id == borrowed[0].problem_id)
+        say(f"Problem {problem.text}, with the answer {problem.answers[0]}, gets back:")
+        code(borrowed[0].text)
 
     say("## 4. Substitute: `substitute`")
-    batch = substitute(rescued, rng)
-    own = next(g for g in batch if g.problem.id == group.problem.id)
-    say(f"{sum(g.informative for g in rescued)} of {len(rescued)} groups have rewards that differ, which is more than "
-        f"a third: they fill the places of the {len(rescued) - len(batch)} others too, as weights "
-        f"{sorted((g.weight for g in batch), reverse=True)}, together {sum(g.weight for g in batch)}. The weight of "
-        f"our group is {own.weight}.")
+    informative = sum(g.informative for g in batch)
+    batch = substitute(batch, rng)
+    (own,) = (g for g in batch if g.problem.id == group.problem.id)
+    say(f"{informative} of {len(groups)} groups have rewards that differ, which is more than a third: they take the "
+        f"places of the {len(groups) - len(batch)} others. {sum(g.places > 1 for g in batch)} of them, by chance, "
+        f"have {max(g.places for g in batch)} places, the others 1, together {sum(g.places for g in batch)}. Our group "
+        f"has {own.places}.")
 
     say("## 5. Advantage: `set_advantages`")
     set_advantages(batch, config.advantage)
@@ -106,47 +115,96 @@ def walk(config: Config, step: int = 21) -> None:
         f"{[round(rollout.advantage, 4) for rollout in own.rollouts]}.")
 
     say("## 6. Update: `update_policy`")
-    tokens = sum(len(r.response_tokens) * g.weight for g in batch for r in g.rollouts)
-    (rows,) = train.pack_shares(batch, config)
-    say(f"The batch has {tokens:,} weighted response tokens, by which the sum of the loss is divided, once. `pack` "
-        f"lays the {sum(len(row.sequence_lengths) for row in rows)} rollouts with an advantage into rows, here "
-        f"{len(rows)} of {sum(row.input_ids.numel() for row in rows):,} tokens together, without padding. For each "
-        "response token `token_logprobs` gives the log-prob; with one update per batch it is the old one too, so the "
-        f"ratio is 1, the loss of a token is minus its advantage, times {own.weight} / {tokens}:")
-    (alone,) = train.pack([(first, own.weight / tokens)], config.tokens_per_micro_batch)
+    update(policy, batch, own, temperature, config)
+
+    say("## 7. Log, save, evaluate: `log_step`, `save_checkpoint`, `evaluate_policy`")
+    say("The rollouts with their advantages go to rollouts.jsonl, each group's pass rate to scores.jsonl, the step's "
+        f"numbers to metrics.jsonl. After every step (`--checkpoint-every {config.checkpoint_every}`) policy, "
+        f"optimizer and state go to a checkpoint, and every {config.eval_every} steps the held-out problems are tried.")
+
+
+def fill_sink(
+    sink: dict[str, Rollout], groups: Sequence[Group], engine: Engine, pool: RewardPool, sampling: Sampling
+) -> int:
+    """Draw more rollouts of the problems without a correct one, as an earlier epoch would have; return how many."""
+    count = 16
+    lost = [group.problem for group in groups if group.pass_rate == 0]
+    more = set_rewards(*sample_groups(engine, pool, lost, count, replace(sampling, seed=1)))
+    rescue(more, sink, random.Random(0))
+    return count
+
+
+def update(policy: Any, batch: Sequence[Group], own: Group, temperature: float, config: Config) -> None:
+    """Make the step's update, in its simplest form and in the trainer's, and print both."""
+    first, tokenizer = own.rollouts[0], load_tokenizer(config.model, config)
+    tokens = sum(len(r.response_tokens) * g.places for g in batch for r in g.rollouts)
+    say(f"The batch has {tokens:,} response tokens, those of a group counted once for each of its places. By this "
+        "number the sum of the loss is divided, once. With one update per batch the log-probs are the old ones too, so "
+        f"the ratio is 1, and the loss of a token is minus its advantage, times {own.places} / {tokens}. In its "
+        "simplest form, the loss of a rollout is this, and torch finds the gradient:")
+    print(f"```python\n{inspect.getsource(plain_loss)}```\n")
+    policy.set_attn_implementation("sdpa")
+    plain = sum((plain_loss(policy, r, g.places / tokens, temperature, config) for g in batch for r in g.rollouts),
+                torch.zeros(()))
+    plain.backward()
+    plain_gradient = gradient_of(policy)
+    policy.set_attn_implementation("packed")
+    policy.zero_grad(set_to_none=True)
+
+    rows = train.pack_share(batch, config) or []
+    sequences, packed = (sum(count) for count in zip(*(
+        (len(row.sequence_lengths), row.input_ids.numel()) for row in rows), strict=True))
+    loss = 0.0
+    for row in rows:
+        part, *_ = train.forward_row(policy, row, temperature, config)
+        part.backward()
+        loss += part.item()
+    gradient = gradient_of(policy)
+    policy.zero_grad(set_to_none=True)
+    vocabulary = policy.config.vocab_size
+    gib = config.tokens_per_micro_batch * 151_936 * 4 / 2**30
+    say(f"Here its logits have {vocabulary} columns. With the 151,936 of Qwen3, {config.tokens_per_micro_batch:,} "
+        f"tokens would have {gib:.1f} GiB of them, several times over. So the trainer does the same in another way. "
+        f"`pack` lays the {sequences} rollouts with an advantage into rows without padding, here {len(rows)} of "
+        f"{packed:,} tokens together. `packed_attention` keeps them apart. `ChunkedLoss` makes the logits of "
+        f"{config.logprob_chunk_tokens} tokens at a time and takes their gradient before it goes on. The results are "
+        "the same but for rounding:")
+    difference = {name: (gradient[name] - expected).abs().max().item() for name, expected in plain_gradient.items()}
+    largest = max(value.abs().max().item() for value in plain_gradient.values())
+    table(["", "simplest form", "`forward_row`, `ChunkedLoss`", "difference"], [
+        ["loss of the batch", f"{plain.item():.6e}", f"{loss:.6e}", f"{abs(loss - plain.item()):.0e}"],
+        ["norm of the gradient", f"{norm(plain_gradient):.6f}", f"{norm(gradient):.6f}",
+         f"{abs(norm(gradient) - norm(plain_gradient)):.0e}"],
+        ["a weight's gradient, at most", f"{largest:.6f}", "", f"{max(difference.values()):.0e}"]])
+
+    say("The first tokens of our group's first response. The sampler's log-probs are those that the engine gave:")
+    (alone,) = train.pack([(first, own.places / tokens)], config.tokens_per_micro_batch)
     with torch.no_grad():
-        logprobs, entropy = train.token_logprobs(policy, alone, temperature, config)
-    losses, _ = train.token_losses(alone, logprobs, train.mismatch_correction(config), config)
-    shown = range(min(6, len(losses)))
+        _, logprobs, entropy, _ = train.forward_row(policy, alone, temperature, config)
+    losses, _ = train.token_losses(alone, slice(None), logprobs, config)
     table(["token", "sampler log-prob", "trainer log-prob", "entropy", "loss"], [
         [f"`{tokenizer.decode([first.response_tokens[i]])}`", f"{first.sampler_logprobs[i]:.5f}", f"{logprobs[i]:.5f}",
-         f"{entropy[i]:.3f}", f"{losses[i]:.2e}"] for i in shown])
-    optimizer, scaler = train.make_optimizer(policy, config), train.loss_scaler(config, torch.device("cpu"))
-    update = train.update_policy(policy, optimizer, scaler, batch, temperature, config)
+         f"{entropy[i]:.3f}", f"{losses[i]:.2e}"] for i in range(min(6, len(losses)))])
+    run: Any = SimpleNamespace(
+        config=config, policy=policy, optimizer=train.make_optimizer(policy, config),
+        scaler=torch.amp.GradScaler("cpu", enabled=False), state=SimpleNamespace(temperature=temperature),
+    )  # fmt: skip
+    metrics = train.update_policy(run, batch)
     with torch.no_grad():
-        after, _ = train.token_logprobs(policy, alone, temperature, config)
+        after = train.forward_row(policy, alone, temperature, config)[1]
     direction = "more" if after.sum() > logprobs.sum() else "less"
-    say(f"The gradient's norm is {update.grad_norm:.3f} (clipped to {config.max_grad_norm:g}), the loss "
-        f"{update.loss:.2e}, the entropy {update.entropy:.3f} nats. After one step of AdamW at {config.lr:g} the "
-        f"log-prob of the whole first response went from {logprobs.sum():.2f} to {after.sum():.2f}: with advantage "
-        f"{first.advantage:.2f}, it has become {direction} likely.")
-
-    say("## 7. Log, evaluate, save: `log_rollouts`, `step_metrics`, `save_checkpoint`")
-    say("The rollouts with their advantages go to rollouts.jsonl, each group's pass rate to scores.jsonl, the step's "
-        "numbers to metrics.jsonl, and every "
-        f"{config.checkpoint_every} steps policy, optimizer and state to a checkpoint.")
+    say("`update_policy` adds up the rows' gradients. Their norm, "
+        f"{metrics['optim/grad_norm']:.3f}, is scaled down to {config.max_grad_norm:g} where it is larger. Then AdamW "
+        f"takes one step at {config.lr:g}. The log-prob of the whole first response went from {logprobs.sum():.2f} to "
+        f"{after.sum():.2f}: with advantage {first.advantage:.2f}, it has become {direction} likely.")
 
 
-def seen_before(config: Config, groups, engine, tokenizer, sampling, sink) -> int:
-    """Draw more rollouts of the problems that nothing was right for, as an earlier epoch would have."""
-    count = 64
-    lost = [g.problem for g in groups if g.pass_rate == 0]
-    with reward_pool(config, tokenizer) as pool:
-        more, gradings = sample_groups(engine, tokenizer, pool, lost, count, replace(sampling, seed=1))
-        set_rewards(gradings)
-    for group in more:
-        rescue([Group(group.problem, [r]) for r in group.rollouts if r.correct][:1], sink, random.Random(0))
-    return count
+def gradient_of(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+
+
+def norm(gradient: Mapping[str, torch.Tensor]) -> float:
+    return torch.stack([value.norm() for value in gradient.values()]).norm().item()
 
 
 def say(text: str) -> None:
@@ -158,7 +216,7 @@ def code(text: str) -> None:
     print(f"```\n{text}\n```\n")
 
 
-def table(heads: list[str], rows: list[list[object]]) -> None:
+def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     for row in (heads, ["---"] * len(heads), *rows):
         print(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in row)} |")
     print()
@@ -166,6 +224,5 @@ def table(heads: list[str], rows: list[list[object]]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    parser = argparse.ArgumentParser(description="Print one training step of the toy world, in Markdown.")
-    parser.add_argument("--warmup-steps", type=int, default=PRESETS["toy"].warmup_steps)
-    walk(replace(PRESETS["toy"], rollouts_per_batch=256, warmup_steps=parser.parse_args().warmup_steps))
+    transformers_logging.disable_progress_bar()
+    walk(PRESETS["toy"])

@@ -40,11 +40,11 @@ def polaris_advantages(
     ]
     batch = substitute(groups, RANDOM)
     set_advantages(batch, "grpo" if config.norm_adv_by_std_in_grpo else "dr_grpo")
-    tokens = sum(group.weight * lengths[row] for group in batch for row in rows[group.problem.id])
+    tokens = sum(group.places * lengths[row] for group in batch for row in rows[group.problem.id])
     advantages = torch.zeros(len(index), 1)
     for group in batch:
         for row, rollout in zip(rows[group.problem.id], group.rollouts, strict=True):
-            advantages[row] = group.weight * rollout.advantage * sum(lengths) / tokens
+            advantages[row] = group.places * rollout.advantage * sum(lengths) / tokens
     advantages = advantages.to(response_mask.device) * response_mask
     return advantages, advantages
 

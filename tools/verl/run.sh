@@ -18,7 +18,7 @@ everywhere=(
   trainer.default_local_dir="$PWD/checkpoints"
   trainer.n_gpus_per_node=<gpus>
   trainer.nnodes=<machines>
-  trainer.logger=<logger>
+  trainer.logger=[console]
   trainer.total_epochs=1000000 # the steps end a stage
   trainer.save_freq=<checkpoint_every>
   trainer.max_actor_ckpt_to_keep=<keep_checkpoints>
@@ -65,7 +65,7 @@ everywhere=(
   algorithm.norm_adv_by_std_in_grpo=<divide_by_std>
   algorithm.use_kl_in_reward=False
   algorithm.rollout_correction.rollout_is=<correction>
-  algorithm.rollout_correction.rollout_is_threshold=<correction_bounds>
+  algorithm.rollout_correction.rollout_is_threshold=2.0
 
   actor_rollout_ref.actor.use_kl_loss=False
   actor_rollout_ref.actor.entropy_coeff=0
@@ -87,7 +87,7 @@ everywhere=(
   actor_rollout_ref.actor.optim.clip_grad=<max_grad_norm>
 
   actor_rollout_ref.actor.fsdp_config.dtype=<dtype>
-  actor_rollout_ref.actor.fsdp_config.model_dtype=<model_dtype>
+  actor_rollout_ref.actor.fsdp_config.model_dtype=fp32
   actor_rollout_ref.actor.fsdp_config.param_offload=<offload_policy>
   actor_rollout_ref.actor.fsdp_config.optimizer_offload=<offload_optimizer>
 )
