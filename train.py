@@ -665,7 +665,7 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
         run.sink.write()
 
 
-# ----------------------------------------------------------------- the run's folder, the log
+# --------------------------------------------------------- the run's folder, the log, signals
 
 def run_folder(config: Config) -> Path:
     """Choose the folder of a new run, or the resumed one; rank 0 chooses for all ranks."""
