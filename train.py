@@ -214,9 +214,8 @@ def choose_temperature(run: Run, stage: Stage, stop: StopSignal) -> float:
 
     grid = temperature_grid(config.probe_temperatures)
     if state.diversity is not None:
-        before = state.temperature
-        step = 0.05 if probe([before]).distinct_4[before] > 0.9 * state.diversity else 0.1
-        grid = [round(before + i * step, 2) for i in range(7)]
+        step = 0.05 if probe([state.temperature]).distinct_4[state.temperature] > 0.9 * state.diversity else 0.1
+        grid = [round(state.temperature + i * step, 2) for i in range(7)]
     curves = probe(grid)
     run.engine.sleep()
     chosen = pick_temperature(curves.accuracy, curves.distinct_4, match=state.diversity, noise=curves.noise)
@@ -255,6 +254,8 @@ def update_policy(run: Run, batch: Sequence[Group]) -> dict[str, float | None]:
     Rollouts without advantage have no gradient and are not forwarded, but their tokens count in the division.
     """
     config, temperature, device = run.config, run.state.temperature, causal_lm(run.policy).device
+    if config.mismatch == "auto":
+        config = replace(config, mismatch="tis" if uses_vllm(config) else "ignore")
     if rank_count() > 1:
         compare_ranks(run, batch)
     packed = [pack_share(batch[i :: config.updates_per_batch], config) for i in range(config.updates_per_batch)]
@@ -638,15 +639,16 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
         saved = json.loads((path := folder / "trainer_state.json").read_text())
         saved |= torch.load(path := folder / "optimizer.pt", map_location="cpu", weights_only=True)
         lines = (path := folder / "sink.jsonl").read_text().splitlines()
-        return saved | {"sink": [Rollout(**json.loads(line)) for line in lines]}
-    except (OSError, ValueError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        state = State(**{name: saved[name] for name in vars(State())})
+        return saved | {"state": state, "sink": [Rollout(**json.loads(line)) for line in lines]}
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{path}: is damaged or of another version ({one_line(error)}); delete its folder, and "
                         "resume at the checkpoint before it") from error
 
 
 def restore(run: Run, saved: dict[str, Any]) -> None:
     """Go on from a checkpoint: set the state, the optimizer, the loss scale, the sink; chance follows from the step."""
-    run.state = state = State(**{name: saved[name] for name in vars(State())})
+    run.state = state = saved["state"]
     state.consensus = {problem_id: set(results) for problem_id, results in state.consensus.items()}
     state.warned, state.skipped_in_a_row = set(state.warned), 0  # a resume may try three steps again
     if len(state.temperatures) == state.stage <= len(run.config.stages):  # the setting may be another one today
@@ -722,8 +724,7 @@ def timed(phase: str, metrics: dict[str, Any]) -> Iterator[None]:
 COLUMNS = {  # title: metric, format
     "step": ("step", ".0f"), "reward": ("reward/mean", ".3f"), "informative": ("batch/informative", ".2f"),
     "tokens": ("response/tokens_mean", ".0f"), "truncated": ("response/truncated", ".2f"),
-    "entropy": ("policy/entropy", ".3f"), "KL": ("mismatch/kl", ".1e"), "seconds": ("time/step", ".1f"),
-}  # fmt: skip
+    "entropy": ("policy/entropy", ".3f"), "KL": ("mismatch/kl", ".1e"), "seconds": ("time/step", ".1f")}  # fmt: skip
 
 
 def log_step(run: Run, groups: Sequence[Group], batch: Sequence[Group], measured: dict[str, Any]) -> None:
@@ -817,9 +818,8 @@ class StopSignal:
 
     def check(self) -> None:
         """Stop every rank if a signal came to one of them."""
-        self.number = max(gather(self.number))
-        if self.number:
-            self._came = time.monotonic()  # this rank's own copy of the signal may still come
+        if number := max(gather(self.number)):  # a signal that comes meanwhile counts at the next call
+            self.number, self._came = number, time.monotonic()  # this rank's own copy of it may still come
             raise KeyboardInterrupt
 
 
@@ -850,8 +850,7 @@ def read_config(arguments: Sequence[str]) -> Config:
     for name in FIXED_IN_A_RUN if given.resume else ():
         if getattr(config, name) != getattr(default, name):
             raise UserError(f"{name} is {getattr(config, name)}: in this run it stays {getattr(default, name)}")
-    if config.mismatch == "auto":
-        config = replace(config, mismatch="tis" if uses_vllm(config) else "ignore")
+    uses_vllm(config)  # an error if vLLM is named and not installed
     return config
 
 
@@ -875,8 +874,8 @@ def main(arguments: Sequence[str]) -> None:
             save_checkpoint(run)
             run.note(f"stopped after step {run.state.step}; go on with: python train.py --resume {run.folder}")
             sys.exit(0 if stop.number == signal.SIGINT else 128 + stop.number)
-        run.engine.close()
-        shutil.rmtree(run.folder / "kept", ignore_errors=True)  # the last evaluation's
+        if rank() == 0:
+            shutil.rmtree(run.folder / "kept", ignore_errors=True)  # the last evaluation's
         evaluations = list(data.read_lines(run.folder / "evaluations.jsonl"))
         run.note("\nheld-out   step   avg@k (95 %)  pass@k  tokens  truncated" if evaluations else "")
         for name, e in zip(("before", "after"), (*evaluations[:1], *evaluations[-1:]), strict=False):
@@ -885,6 +884,7 @@ def main(arguments: Sequence[str]) -> None:
         run.note(f"\ncheckpoint {run.folder}/checkpoints/step_{run.state.step:06d}, a Hugging Face model; next:\n"
                  f"  python tools/report.py {run.folder}    # a page of curves and rollouts\n"
                  f"  python train.py --resume {run.folder} --steps {2 * config.total_steps}    # train longer")
+        run.engine.close()
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def test_the_toy_preset_is_a_run_like_any_other():
     assert all(Path(name).exists() for name in (toy_run.model, toy_run.data, toy_run.eval_data))
     named = train.read_config([])
     assert named.preset == "toy"
-    assert named.mismatch == "ignore"
+    assert named.mismatch == "auto"  # decided by the engine at each start
     assert train.read_config(["--data", "own.jsonl"]).eval_data is None  # which belongs to the toy's data
 
 

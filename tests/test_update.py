@@ -342,6 +342,31 @@ def test_ratios_of_trainer_to_sampler_weigh_tokens(settings, sampled, rescued):
 # ------------------------------------------------------------------------------- packing
 
 
+@pytest.mark.parametrize(("engine", "mismatch"), [("hf", "ignore"), ("vllm", "tis")])
+def test_auto_corrects_the_mismatch_where_vllm_generates(engine, mismatch):
+    if engine == "vllm":
+        pytest.importorskip("vllm")
+    groups = grouped(random_rollouts(6), [1, 2])
+    config = Config(lr=1e-2, optimizer="sgd", engine=engine, mismatch="auto")
+    after = {kind: weights_after(replace(config, mismatch=kind), groups) for kind in ("auto", "ignore", "tis")}
+    assert torch.equal(after["auto"], after[mismatch])
+    assert not torch.equal(after["ignore"], after["tis"])
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_float16_scales_each_update_by_the_scale_of_that_moment(updates):
+    """The scale falls after an overflow in the first update; the second one is unscaled by the new scale."""
+    config = Config(lr=1e-2, optimizer="sgd", dtype="float16", updates_per_batch=updates, max_grad_norm=1e9)
+    groups, found = grouped(random_rollouts(12), [1, 2, 1, 3]), []
+    for growth in (1.0001, 8.0):  # after each step the scale stays much the same, or is 8 times as large
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_factor=growth, growth_interval=1)
+        model = tiny_model("qwen3", tied=True)
+        update_policy(run_of(model, config, scaler=scaler), groups)
+        found.append(trained(model))
+    start = trained(tiny_model("qwen3", tied=True))
+    assert relative(found[1] - start, found[0] - start) < 0.05
+
+
 def test_pack_fills_rows_and_keeps_every_token_once():
     rollouts = random_rollouts(50, longest=60)
     rows = pack(weighted(rollouts), 100)
