@@ -5,6 +5,7 @@ import ast
 import doctest
 import importlib
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -113,6 +114,17 @@ def test_recipe_needs_nothing_heavy():
 @pytest.mark.parametrize("module", [*MAY_IMPORT, *TOOLS])
 def test_docstring_examples(module):
     assert doctest.testmod(importlib.import_module(module)).failed == 0
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_tool_says_what_it_is_for(tool, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"tools/{tool}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
+    assert not ended.value.code
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith("usage: ")
+    assert re.search(r"\b[A-Z][a-z]+( [\w'-]+){4}", shown)  # a sentence, not only the options
 
 
 @pytest.mark.parametrize("command", [["ruff", "check", "."], ["mypy"]])

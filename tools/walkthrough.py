@@ -6,6 +6,7 @@ It holds, in `plain_loss`, the update in its simplest form: whole logits and tor
 """
 from __future__ import annotations
 
+import argparse
 import inspect
 import random
 import sys
@@ -223,6 +224,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     walk(PRESETS["toy"])
