@@ -19,6 +19,7 @@ import signal
 import sys
 import traceback
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
@@ -47,6 +48,16 @@ NUMBER = re.compile(
     r"([+-]?(?=\.?[0-9])(?:[1-9][0-9]{0,2}(?:[ ,][0-9]{3})+|[0-9]*)(?:\.[0-9]*)?)"  # 1,000 or 1 000 or 1000.0
     r"(?:(?:[eE]|\s*\\(?:times|cdot)\s*10\^)\{?([+-]?[0-9]{1,4})\}?"  # a power of ten: e9 or \times 10^{9}
     r"\s*(?:\\(?:text|mathrm)\{[^{}]*\})?)?")  # and then perhaps a unit
+# What math-verify misreads: 3 1/2 as (3 + 1)/2, 2(\frac{1}{2}) as 2.5, \text{May } 20 as a product; \{x \mid x > 1\}
+MIXED = re.compile(r"(?<![\d.,/^_{}\\])([1-9]\d*)\s+([1-9]\d*)\s*/\s*([1-9]\d*)(?![\d.,]*\d)")
+FACTORS = re.compile(r"(?<![_^]\d)(?<=\d)\s*(?=(?:\\left)?\s*\(\s*\\[dt]?frac)|(?<=\d\))\s*(?=\\[dt]?frac)")
+WORDS_FIRST = re.compile(r"(?s)\\text\s*\{([^{}]*[A-Za-z]{2}[^{}]*)\}\s*([-+]?(?:\d|\\[dt]?frac|\\sqrt).*)")
+SET_OF = re.compile(r"\\\{\s*[a-z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|[|:])((?:[^{}]|\{[^{}]*\})*)\\\}")
+CLOCK = re.compile(r"(?i)(?<![\d:])(\d\d?)\s*\{?:\}?\s*([0-5]\d)(?!\d)"  # 3:30, perhaps with p.m.
+                   r"(?:\s*(?:\\\w+\s*\{)?\s*([ap])\.?\s*m\b\.?\}?)?")
+CHOICE = re.compile(r"(?s)\(?([A-J])(?:\)|[.:](?=\s)|$)[.:]?\s*((?!.*\(?[A-J]\)).*)")  # (C) 42, C. 42, C
+CONDITION = re.compile(r"[,\s]*\b(?:where|for|with|if|when)\b")
+IDLE = {"and", "or", "the", "a", "an", "is", "are", "of", "in", "about", "square", "sq", "unit", "units"}
 SYMBOLS = str.maketrans({"−": "-", "–": "-", "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "÷": r"\div ",
     "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "°": r"^\circ ", "∪": r"\cup ", "∩": r"\cap ",
     "∈": r"\in ", "∅": r"\emptyset ", "±": r"\pm ", "√": r"\sqrt ", "π": r"\pi ", "′": "'", "ℝ": r"\mathbb{R}",
@@ -80,7 +91,7 @@ def boxed_answer(text: str) -> str | None:
     r"""Return what the last complete `\boxed{...}` holds, together with the boxes just before it that go with it.
 
     >>> boxed_answer(r"$x = \boxed{2}$ or $x = \boxed{3}$"), boxed_answer(r"\boxed{2}? No: \boxed{\frac{1}{3}}")
-    ('2, 3', '\\frac{1}{3}')
+    ('2 or 3', '\\frac{1}{3}')
     """
     boxes: list[tuple[int, int, int]] = []  # without a box inside: where it begins, where its content begins and ends
     opened = []  # for each open brace, where its box begins, or -1 if it opens none, and where its content begins
@@ -91,12 +102,13 @@ def boxed_answer(text: str) -> str | None:
             boxes.append((*box, token.start()))
     if boxes and (stated := STATED.findall(text, boxes[-1][2])):  # after the last box, as Minerva's format has it
         return str(stated[-1])
-    answer = [text[start:end] for _, start, end in boxes[-1:]]
+    answer, word = [text[start:end] for _, start, end in boxes[-1:]], ", "
     for (_, start, end), (following, _, _) in reversed(list(pairwise(boxes[-10:]))):
         if not BETWEEN_BOXES.fullmatch(text, end + 1, following):
             break
+        word = " or " if re.search(r"\bor\b", text[end:following]) else word
         answer.insert(0, text[start:end])
-    return ", ".join(dict.fromkeys(answer)) if answer else None  # the same box twice is one answer
+    return word.join(dict.fromkeys(answer)) if answer else None  # the same box twice is one answer
 
 
 def _unicode_to_latex(text: str) -> str:
@@ -129,7 +141,11 @@ def normalize(text: str) -> str:
     text = re.sub(r"\\sqrt\s*(?:\(([^()]*)\)|(\d[\d.]*\d))", r"\\sqrt{\1\2}", text)  # √10 would be \sqrt{1}0
     text = text.replace(r"\degree", r"^\circ").replace(r"\varnothing", r"\emptyset")
     text = re.sub(r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar)\s*\{(\d{1,20})\}", _repeating, text)
-    return re.sub(r"(?<!\\right)[\s.,;:]+$", "", text.strip())  # the end of a sentence
+    text = SET_OF.sub(r"\1", MIXED.sub(r"\1\\frac{\2}{\3}", FACTORS.sub(r" \\cdot ", text)))
+    text = re.sub(r"\\(?:lor|vee)\b", r"\\text{ or }", re.sub(r"\\(?:land|wedge)\b", r"\\text{ and }", text))
+    text = re.sub(r"(?<=\d)\s+(?!sqrt)([a-z]{4,})\b(?![^{}]*\})", r" \\text{ \1}", text)  # 2 years, else a product
+    text = re.sub(r"(?<!\\right)[\s.,;:]+$", "", text.strip())  # the end of a sentence
+    return rf"{match[2]} \text{{ {match[1]}}}" if (match := WORDS_FIRST.fullmatch(text)) else text
 
 
 # ---- Two answers ----
@@ -166,6 +182,15 @@ def rounds_to(value: Decimal, gold: str) -> bool:
     return rounded and abs(value - number) <= Decimal(5).scaleb(exponent - 1)
 
 
+def _without_letter(answer: str, gold: str) -> tuple[str, str]:
+    """Return what to compare of two answers that may be choices, as (C) 42: the letters, or else the values."""
+    matches = (CHOICE.fullmatch(FONT.sub(r"\1", text).strip()) for text in (answer, gold))
+    (letter, value), (right, truth) = (match.groups() if match else ("", "") for match in matches)
+    if letter and right and not (letter == right and value and truth):
+        return letter, right
+    return value or answer, truth or gold
+
+
 def same_text(answer: str, gold: str) -> bool | None:
     """Compare two normalized answers as text and as plain numbers; None: only math-verify can.
 
@@ -177,55 +202,111 @@ def same_text(answer: str, gold: str) -> bool | None:
     value, number = plain_number(answer), plain_number(gold)
     if value is not None and number is not None:
         more_digits = int(value.as_tuple().exponent) < int(number.as_tuple().exponent)
-        return value == number or (more_digits and rounds_to(value, gold))
+        equal = value == number or (more_digits and rounds_to(value, gold))
+        return equal and _same_words(_left_out(answer)[1], _left_out(gold)[1])  # units
     # One may have a percent sign that the other lacks, or a decimal comma for its point: 2,5 is 2.5.
     for one, other in ((answer, number), (gold, value)):
         comma = one.replace(",", ".") if re.fullmatch(r"-?[0-9]+,[0-9]+", one) else ""
         if other is not None and other in (plain_number(one.rstrip(r" \%")), plain_number(comma)):
             return True
-    bare, before = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", FONT.sub(r"\1", answer)), ""
-    while bare != before:  # what stands in brackets goes, from the inside out
-        before, bare = bare, re.sub(r"\([^()]*\)|\[[^][]*\]|\{[^{}]*\}", "", bare)
-    # What math-verify would let pass: "3 cm, 4 cm" for 3, "1, 2, ..." for 1, 2, and BADC for ABCD, a product.
-    one_gold = not re.search(r"[,;<>&]|\\(?:pm|mp|cup|[lg]eq?|[lg]t|mid)(?![a-z])|\b(?:and|or)\b", gold)
-    several = re.search(r"[,;]|\b(?:and|or)\b", bare) is not None
-    dots = [bool(re.search(r"\\[lc]?dots|\.\.\.", text)) for text in (answer, gold)]
-    letters = all(re.fullmatch(r"[A-Z]{3,}", FONT.sub(r"\1", text)) for text in (answer, gold))
-    return False if (one_gold and several) or dots[0] != dots[1] or letters else None
+    products = all(re.fullmatch(r"[A-Z]{3,}", FONT.sub(r"\1", text)) for text in (answer, gold))
+    return False if products else None  # to math-verify BADC is ABCD
 
 
-def _decimal(parsed: list[Any]) -> Decimal | None:
-    with suppress(ArithmeticError, ValueError, TypeError):  # too large, or a limit that sympy cannot take
-        if parsed and getattr(parsed[0], "is_number", False) and parsed[0].is_real:
-            return Decimal(str(parsed[0].evalf(20)))
-    return None
+def _left_out(text: str, read: str = "") -> tuple[Counter[str], list[str]]:
+    """Return the digits (and dots) and the words, without plural, of an answer that math-verify has not read."""
+    digits, words = [], []
+    for part in (text, read):
+        values = re.sub(r"(?:[\^_]\s*\{?\s*-?|[a-z])\d+", "", part)  # without a unit's exponent
+        digits.append(Counter(re.findall(r"\d|dots|\.\.\.", values)))
+        part = re.sub(r"\\[A-Za-z]+", " ", re.sub(r"(?<=[A-Za-z])\.", "", part)).lower()
+        words.append(Counter(re.sub("e?s$|e$", "", w) for w in re.findall("[a-z]+", part) if w not in IDLE))
+    return digits[0] - digits[1], list((words[0] - words[1]).elements())
+
+
+def _same_words(ones: Sequence[str], others: Sequence[str]) -> bool:
+    """Tell whether one answer's words are among the other's, or abbreviate them, as cm does centimeters."""
+    short, long = sorted(("".join(ones), "".join(others)), key=len)
+    abbreviates = 3 < len(long) >= 2 * len(short) - 1 < 8 and re.match(".*".join(short), long) is not None
+    return set(ones) <= set(others) or set(others) <= set(ones) or abbreviates
+
+
+def _as_set(parsed: Any, text: str) -> Any:
+    """Return the set that inequalities describe with "or" or "and" between them; all else as it is."""
+    import sympy
+    parts, word = parsed.args if isinstance(parsed, sympy.FiniteSet) else (), re.search(r"\b(or|and)\b", text)
+    if word is None or all(isinstance(part, sympy.Eq) or not hasattr(part, "as_set") for part in parts):
+        return parsed
+    return (sympy.Union if word[1] == "or" else sympy.Intersection)(*(part.as_set() for part in parts))
+
+
+def _agree(one: Any, other: Any, braces: bool) -> bool:
+    """Compare what math-verify takes for equal again: exact values, floats to a ten-thousandth, sets in braces."""
+    import sympy
+    if isinstance(one, sympy.Rel) and isinstance(other, sympy.Rel) and one.lhs != other.lhs:
+        return True
+    one, other = pair = [x.rhs if isinstance(x, sympy.Rel) else x for x in (one, other)]
+    if all(isinstance(x, sympy.FiniteSet | sympy.Tuple | sympy.Interval | sympy.And | sympy.MatrixBase) for x in pair):
+        if braces and isinstance(one, sympy.FiniteSet) != isinstance(other, sympy.FiniteSet):
+            return False
+        parts = [x.args[:2] if isinstance(x, sympy.Interval) else getattr(x, "args", x) for x in pair]
+        return all(any(_agree(x, y, braces) for y in parts[1]) for x in parts[0])
+    if not all(isinstance(x, sympy.Expr) for x in pair) or one.free_symbols != other.free_symbols:
+        return True
+    at = {symbol: sympy.Rational(17 + 10 * i, 10) for i, symbol in enumerate(sorted(one.free_symbols, key=str))}
+    one, other = pair = [x.subs(at).doit() for x in pair]
+    with suppress(TypeError, ValueError, ArithmeticError):  # no number
+        if (one - other).is_Rational:
+            return bool(one - other == 0)
+        tolerance = sympy.Rational(1, 10_000 if one.has(sympy.Float) or other.has(sympy.Float) else 10**40)
+        return not abs((one - other).evalf()) > tolerance * abs(other.evalf())
+    return True
 
 
 def same_mathematics(answer: str, gold: str) -> bool:
-    """Compare two normalized answers by math-verify. May take for ever: only for a process that can be killed."""
+    """Compare two normalized answers by math-verify, and what it leaves out of them by `_left_out`.
+
+    May take for ever: only for a process that can be killed.
+    """
     from math_verify import LatexExtractionConfig, parse, verify
     if answer.endswith("%") and gold.endswith("%"):
         answer, gold = answer.rstrip(r"\%"), gold.rstrip(r"\%")
+    if "=" not in answer + gold and CLOCK.search(answer) and CLOCK.search(gold):  # hours and minutes, not a ratio
+        answer, gold = (CLOCK.sub(r"(\1,\2,0)\\text{\3\3}", text) for text in (answer, gold))
+    answer, gold = (re.sub(r"^0?\.5$", "0.50", text) for text in (answer, gold))  # 0.5 would be read as \frac{1}{2}
     # In a box: bare text goes by worse rules. Only LaTeX: bare arithmetic ends in eval. A time-out would be a False.
     target, truth = (parse(rf"\boxed{{{t}}}", [LatexExtractionConfig()], parsing_timeout=None) for t in (answer, gold))
-    equal = bool(verify(truth, target, timeout_seconds=None, allow_set_relation_comp=True))
-    if "." not in answer + gold or "%" in answer + gold:
+    if not (target and truth):
+        return False
+    (digits, words), (gold_digits, gold_words) = _left_out(answer, target[-1]), _left_out(gold, truth[-1])
+    if digits != gold_digits or not _same_words(words, gold_words):
+        return False
+    one, other = _as_set(target[0], answer), _as_set(truth[0], gold)
+    equal = bool(verify(other, one, timeout_seconds=None, allow_set_relation_comp=True))
+    if isinstance(one, str) or "%" in answer + gold:
         return equal
-    value, number = _decimal(target), _decimal(truth)
-    if equal and value is not None and number is not None:  # in six places, where 0.0 is 10^{-8}
-        return abs(value - number) <= abs(number) / 10_000
-    return equal or (value is not None and rounds_to(value, gold))
+    if equal or "." not in answer + gold:
+        return equal and _agree(one, other, r"\{" in answer + gold)
+    value = one.evalf(20) if getattr(one, "is_number", False) and one.is_real else None
+    return value is not None and rounds_to(Decimal(str(value)), gold)
 
 
 # ---- The ground truth ----
+def _prose(text: str) -> int:
+    """Count the words of a text. Letters between two operators are a product: ab + bc has none."""
+    parts = re.split(r"[-+*/=^<>\d]", re.sub(r"\\[A-Za-z]+", " ", FONT.sub(r" \1 ", text)))
+    return sum(count for part in parts if (count := len(re.findall(r"\b[A-Za-z]['a-z]+", part))) > 1)
+
+
 def _read_golds(answers: object) -> tuple[list[str], str]:
     """Return the usable ground truths, normalized, and what is wrong with the last unusable one."""
     golds, fault = [], "is empty"
     for answer in answers if isinstance(answers, list | tuple) else [answers]:
         if isinstance(answer, float) and math.isfinite(answer):
             answer = int(answer) if answer.is_integer() else f"{answer:.15g}"  # 0.30000000000000004 was 0.3
-        full = str(answer)  # or a whole solution, which boxes its answer, or at least states it
+        full = str(answer).rpartition("####")[2]  # or a whole solution, which boxes its answer, or at least states it
         text = [part for part in (full, *STATED.findall(full), boxed_answer(full)) if part is not None][-1]
+        text += "}" * (len(re.findall(r"(?<!\\)\{", text)) - len(re.findall(r"(?<!\\)\}", text)))  # or no box could hold it
         text = text if TOO_BIG.search(text.strip()) else normalize(text)
         if isinstance(answer, bool) or not isinstance(answer, str | int):
             fault = "is no text or finite number"
@@ -233,6 +314,8 @@ def _read_golds(answers: object) -> tuple[list[str], str]:
             fault = "has nothing to compare with"
         elif TOO_BIG.search(text):
             fault = "is too long or too deeply nested"
+        elif _prose(text) > 5 and (_prose(head := CONDITION.split(text)[0]) or not head):
+            fault = "is no mathematics, choice or text of at most five words"
         else:
             golds.append(text)
     return golds, fault
@@ -261,10 +344,10 @@ def _decide(item: Item, require_think: bool) -> Grade | list[tuple[str, str]]:
     answer = normalize(answer)
     if not answer:
         return Grade(0.0, "truncated" if truncated else "no_think_end" if final is None else "no_answer")
-    verdicts = {gold: same_text(answer, gold) for gold in golds}
+    verdicts = {pair: same_text(*pair) for pair in (_without_letter(answer, gold) for gold in golds)}
     if True in verdicts.values():
         return Grade(1.0, "correct")
-    return [(answer, gold) for gold, verdict in verdicts.items() if verdict is None] or Grade(0.0, "wrong")
+    return [pair for pair, verdict in verdicts.items() if verdict is None] or Grade(0.0, "wrong")
 
 
 # ---- Worker processes ----
@@ -357,16 +440,6 @@ class RewardPool(AbstractContextManager["RewardPool"]):
             os.killpg(worker.pid, signal.SIGKILL)
         worker.communicate()  # closes its pipes and waits
         return worker.returncode >= 0 or worker.returncode == -signal.SIGALRM
-
-
-def grade(response: str, answers: Answers, *, require_think: bool, truncated: bool = False) -> Grade:
-    r"""Grade one response; any of several answers suffices. For many, `RewardPool` spares starting workers.
-
-    >>> grade(r"<think>6 * 7</think> \boxed{42}", ["42", "43"], require_think=True)
-    Grade(reward=1.0, reason='correct')
-    """
-    with RewardPool(1, require_think=require_think) as pool:
-        return pool.grade([(response, answers, truncated)])[0]
 
 
 def _work(timeout: float, memory_gb: float, function: str = "") -> None:
