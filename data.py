@@ -19,7 +19,6 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, replace
 from decimal import Decimal
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TYPE_CHECKING, TextIO
 
@@ -28,6 +27,8 @@ from polaris_mini import Common, Config, Problem, Rollout, UserError
 if TYPE_CHECKING:  # importing transformers takes seconds, which a typo in a file name should not cost
     from transformers import PreTrainedTokenizerBase
 
+HUB = re.compile(r"([\w-][\w.-]*/[^/:]+)(?::([^:[]*)(?=:))?(?::(.*))?")  # owner/name:configuration:split
+SHARD = re.compile(r"^(?![._]|dataset_(?:dict|infos?)\.)(train|test|val|dev|eval|).*(\.parquet|\.jsonl?|\.jsonl\.gz)$")
 CheckAnswers = Callable[[Sequence[str]], str | None]  # says why answers cannot be graded; None if they can
 
 
@@ -148,26 +149,38 @@ def load_problems(source: str, *, check_answers: CheckAnswers = lambda answers: 
 
 
 def read_records(source: str) -> Iterator[tuple[str, Any]]:
-    """Yield the records of a file or a hub data set (name or name:split) with their places; those of jsonl as bytes."""
-    path = Path(source)
+    """Yield the records of a file, a folder or a hub data set (as the error says) with places; of jsonl as bytes."""
+    name, _, split = (source, "", "") if Path(source).exists() else source.partition(":")
+    path = Path(name if Path(name).is_dir() else source)
     try:
-        if path.suffix == ".parquet":
+        if (path / "state.json").exists() and split in ("", "train"):  # by save_to_disk
+            from datasets import load_from_disk
+            rows = load_from_disk(path)
+        elif path.is_dir():
+            kinds = {file: SHARD.sub(r"\1*\2", file.name) for file in sorted(path.iterdir())}
+            rows = ([file for file in kinds if file.name == (split or "train")]  # save_to_disk's, of several splits
+                    or [file for file, kind in kinds.items() if "*" in kind and file.name.startswith(split)])
+            if len({kinds[file] for file in rows}) != 1:
+                raise ValueError(f"it needs files of one kind and split, and has {sorted({*kinds.values()})!s:.200}")
+        elif path.suffix == ".parquet":
             from pyarrow import parquet
             rows = parquet.ParquetFile(path).read().to_pylist()
         elif path.suffix == ".json":  # not by `datasets`: beside an answer 1 it reads "2.50" as the number 2.5
             rows = list(json.loads(path.read_bytes()))
-        elif path.exists() or path.suffix in (".jsonl", ".gz") or not re.fullmatch(r"[\w-][\w.-]*/[^/]+", source):
+        elif path.exists() or path.suffix in (".jsonl", ".gz") or not (hub := HUB.fullmatch(source)):
             with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
                 rows = list(file)
         else:
             from datasets import load_dataset
-            name, _, split = source.partition(":")
-            rows = load_dataset(name, split=split or "train")
+            rows = load_dataset(hub[1], hub[2] or None, split=hub[3] or "train")
     except Exception as error:  # each library has its own
         raise UserError(f"{source}: cannot be read ({' '.join(str(error).split())}): give a .jsonl, .jsonl.gz, .parquet"
-                        " or .json file (a list), or a hub data set (owner/name or owner/name:split)") from error
+                        " or .json file (a list), a folder of them or of save_to_disk (perhaps with :split), or a hub "
+                        "data set (owner/name, owner/name:split or owner/name:configuration:split)") from error
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row, bytes) or row.strip():  # an empty line is no record
+        if isinstance(row, Path):
+            yield from read_records(str(row))
+        elif not isinstance(row, bytes) or row.strip():  # an empty line is no record
             yield f"{source}, {'line' if isinstance(row, bytes) else 'row'} {number}", row
 
 
@@ -203,7 +216,8 @@ def to_problem(record: Any, place: str) -> Problem:
         raise UserError(f"{place}: pass rate is {rate!r:.80}: give a share from 0 to 1, or difficulty as \"3/8\"")
     text = _text(text, f"{place}: problem")
     truths = truth if isinstance(truth, list) and truth else [truth]
-    answers = tuple(dict.fromkeys(_text(answer, f"{place}: answer") for answer in truths))
+    texts = [_text(answer, f"{place}: answer") for answer in truths]  # of GSM8K's solutions only the last line counts
+    answers = tuple(dict.fromkeys(re.sub(r"(?s)\A.*####[ \t]*(?=\S[^\n]*\Z)", "", text) for text in texts))
     system = None if system is None else _text(system, f"{place}: system")
     problem_id = details.get("id", details.get("index", hashlib.sha256(text.encode()).hexdigest()[:12]))
     return Problem(_text(problem_id, f"{place}: id"), text, answers, rate, system)
@@ -225,10 +239,10 @@ def training_and_held_out(config: Config, check_answers: CheckAnswers) -> tuple[
     def normalise(text: str) -> str:  # the release's benchmarks have the suffix in the text, its training data does not
         return " ".join(text.replace(Config.prompt_suffix, "").casefold().split())
 
-    load = partial(load_problems, check_answers=check_answers, skip_bad_rows=config.skip_bad_rows)
-    training, held_out = load(config.data), []
+    checks: dict[str, Any] = {"check_answers": check_answers, "skip_bad_rows": config.skip_bad_rows}
+    training, held_out = load_problems(config.data, **checks), []
     if config.eval_every >= 0 and config.eval_data is not None:
-        held_out = load(config.eval_data)
+        held_out = load_problems(config.eval_data, **checks)
     elif config.eval_every >= 0:  # a problem is held out by the seed and its id, wherever in the file it stands
         training.sort(key=lambda problem: hashlib.sha256(f"{config.seed}:{problem.id}".encode()).digest())
         held_out, training = training[: config.eval_problems], training[config.eval_problems :]

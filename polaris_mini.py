@@ -16,6 +16,7 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -164,7 +165,7 @@ class Config(Common):
     """Every setting of a run. The defaults are the released training values, in one stage; presets change them."""
 
     preset: str = "recipe"  # Where defaults come from: a key of PRESETS. toy: a tiny model learns sums on a CPU.
-    data: str = ""  # Problems: a jsonl, json or parquet file, or a hub data set (owner/name, or owner/name:split).
+    data: str = ""  # Problems: a jsonl, json or parquet file, a folder, or a hub data set (owner/name:config:split).
     run_dir: str | None = None  # Folder of this run; made by training, never overwritten. Default: runs/<time>.
     resume: str | None = None  # Folder of a run to go on with; its config is the default for every other option.
 
@@ -283,9 +284,7 @@ def require(settings: object, ok: bool, name: str, advice: str, value: object = 
 
 
 def _check(config: Config) -> None:
-    def need(ok: bool, name: str, advice: str, value: object = None) -> None:
-        require(config, ok, name, advice, value)
-
+    need = partial(require, config)
     need(len(config.stages) > 0, "stages", "give at least one stage")
     for stage in config.schedule:
         need(stage.steps >= 1, "stages", "give each at least 1 step")
@@ -487,7 +486,8 @@ def temperature_zones(accuracy: Mapping[float, float], noise: Mapping[float, flo
     """
     best = max(accuracy.values())
     if best <= 0:
-        raise UserError("accuracy is 0 at every temperature: probe easier problems or more of them, or give a number")
+        raise UserError("accuracy is 0 at every temperature: probe easier problems or more of them, give a number, or "
+                        "--no-require-think if the model does not think")
     exploration = max(t for t, value in accuracy.items() if value >= 0.8 * best)
     tolerance = {t: max(0.01 * best, (noise or {}).get(t, 0.0)) for t in accuracy}
     robust = max(t for t, value in accuracy.items() if value >= best - tolerance[t] and t <= exploration)
@@ -528,14 +528,9 @@ def distinct_n(texts: Sequence[str], n: int = 4) -> float:
 
     Source: release (whitespace words, pooled over the rollouts of a problem).
     """
-    seen: set[tuple[str, ...]] = set()
-    total = 0
-    for text in texts:
-        words = text.split()
-        ngrams = list(zip(*(words[i:] for i in range(n)), strict=False))
-        seen.update(ngrams)
-        total += len(ngrams)
-    return len(seen) / total if total else 0.0
+    split = [text.split() for text in texts]
+    ngrams = [ngram for words in split for ngram in zip(*(words[i:] for i in range(n)), strict=False)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def mean_distinct_n(responses: Iterable[Sequence[str]], n: int = 4) -> float:
@@ -577,8 +572,7 @@ def batch_metrics(groups: Sequence[Group], batch: Sequence[Group]) -> dict[str, 
         "reward/mean": statistics.fmean(rollout.reward for rollout in rollouts),
         "reward/solve_none": statistics.fmean(group.pass_rate == 0 for group in groups),
         "reward/solve_all": statistics.fmean(group.pass_rate == 1 for group in groups),
-        **{f"reward/{reason}": statistics.fmean(rollout.reason == reason for rollout in rollouts)
-           for reason in ("no_think_end", "no_answer", "timeout")},
+        **{f"reward/{reason}": statistics.fmean(r.reason == reason for r in rollouts) for reason in UNSOLVED},
         "batch/informative": statistics.fmean(group.informative for group in groups),
         "batch/rescued": sum(rollout.rescued for group in batch for rollout in group.rollouts),
         "batch/substituted": sum(group.places - 1 for group in batch),
@@ -591,13 +585,13 @@ def batch_metrics(groups: Sequence[Group], batch: Sequence[Group]) -> dict[str, 
 
 
 UNSOLVED = {
-    "reward/no_think_end": "have no </think>: give --no-require-think if the model does not think",
-    "reward/no_answer": "have no box: let --prompt-suffix ask for one",
-    "reward/timeout": "took too long to grade: raise --reward-timeout",
-    "response/truncated": "were cut: raise --max-response-tokens",
-    "": "are wrong: check the answers in rollouts.jsonl, or give easier problems",
+    "no_think_end": "give --no-require-think if the model does not think",
+    "no_answer": "let --prompt-suffix ask for a box, or teach it by tools/warmup.py",
+    "truncated": "raise --max-response-tokens",
+    "timeout": "raise --reward-timeout or --reward-workers",
+    "wrong": "check the answers in rollouts.jsonl, or give easier problems",
 }
-"""For each metric that explains a reward of 0: what the responses lack, and which option helps."""
+"""For each reason of a reward of 0: what may help where it prevails."""
 
 
 def health(metrics: Sequence[Mapping[str, Any]], steps: int = 10) -> dict[str, str]:
@@ -615,12 +609,12 @@ def health(metrics: Sequence[Mapping[str, Any]], steps: int = 10) -> dict[str, s
     ):
         if mean(metric, last) < share * mean(metric, first):
             found[name] = f"{metric} fell from {mean(metric, first):.3g} to {mean(metric, last):.3g}: {advice}"
-    prevailing = next((metric for metric in UNSOLVED if metric and mean(metric, last) > 0.5), "")
+    share, reason = max((mean(f"reward/{reason}", last), reason) for reason in UNSOLVED)
     for name, metric, limit, advice in (
-        ("unsolved", "reward/solve_none", 1, f"nothing is learned; most responses {UNSOLVED[prevailing]}"),
+        ("unsolved", "reward/solve_none", 1, f"nothing is learned; {share:.0%} are {reason}: {UNSOLVED[reason]}"),
         ("solved", "reward/solve_all", 1, "nothing is learned: give harder problems (python tools/difficulty.py)"),
-        ("timeouts", "reward/timeout", 0.25, "late answers earn 0: raise --reward-timeout or --reward-workers"),
-        ("truncated", "response/truncated", 0.25, "cut responses earn 0: raise --max-response-tokens"),
+        ("timeouts", "reward/timeout", 0.25, f"late answers earn 0: {UNSOLVED['timeout']}"),
+        ("truncated", "response/truncated", 0.25, f"cut responses earn 0: {UNSOLVED['truncated']}"),
         ("mismatch", "mismatch/kl", 0.05, "sampler and trainer disagree: try --dtype float16, or --engine hf"),
     ):
         value = mean(metric, last)
@@ -630,13 +624,10 @@ def health(metrics: Sequence[Mapping[str, Any]], steps: int = 10) -> dict[str, s
 
 
 # ------------------------------------------------------------------- the presets
-HUB_DATA = "POLARIS-Project/Polaris-Dataset-53K"
-"""The published problems without those that R1-Distill-Qwen-7B always solved. Filter them again with your own model."""
-
-
 def _published(model: str, *stages: str) -> Config:
     """Make a preset of the release. Its later stages begin from merged weights: with an empty optimizer state."""
-    return Config(model=model, data=HUB_DATA, stages=stages, checkpoint_every=5)
+    # the data is without problems that R1-Distill-Qwen-7B always solved: filter it again with your own model
+    return Config(model=model, data="POLARIS-Project/Polaris-Dataset-53K", stages=stages, checkpoint_every=5)
 
 
 TOY = Path(__file__).parent / "tools" / "toy_world"

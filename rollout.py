@@ -152,6 +152,11 @@ def load_policy(config: Config, checkpoint: Path | None = None) -> nn.Module:
 def prepare_policy(model: PreTrainedModel, config: Config, checkpoint: Path | None = None) -> nn.Module:
     """Make a loaded model the policy: LoRA on every linear layer but the head, packed attention, no dropout."""
     policy: Any = model
+    text, longest = model.config.get_text_config(), config.max_prompt_tokens + config.longest_response
+    slides = "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"])
+    if (window := getattr(text, "sliding_window", None)) is not None and slides and window < longest:
+        raise UserError(f"model is {config.model}: its sliding window has {window} tokens, prompt and response may "
+                        f"have {longest}; lower --max-response-tokens or take a model without one")
     if config.lora_rank > 0:
         from peft import LoraConfig, PeftModel, get_peft_model  # slow to import, and only LoRA needs it
         torch.manual_seed(config.seed)  # the adapters' random start

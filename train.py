@@ -589,11 +589,8 @@ def make_optimizer(policy: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 def check_packing(policy: nn.Module, config: Config) -> None:
     """Compare packed log-probs with the model's own logits on a few tokens, for architectures nobody tried."""
-    model, longest = causal_lm(policy), config.max_prompt_tokens + config.longest_response
-    compute_dtype, window = resolve_dtype(config, model.device), getattr(model.config, "sliding_window", None)
-    if window is not None and window < longest:
-        raise UserError(f"model is {config.model}: its sliding window has {window} tokens, prompt and response may "
-                        f"have {longest}; lower --max-response-tokens or take a model without one")
+    model = causal_lm(policy)
+    compute_dtype = resolve_dtype(config, model.device)
     tokens = [token % model.config.get_text_config().vocab_size for token in range(2, 11)]
     (row,) = pack([(Rollout("", s[:1], s[1:], [0.0] * len(s[1:]), "", "stop"), 1) for s in (tokens, tokens[:4])], 64)
     with torch.no_grad(), autocast(model.device, compute_dtype):

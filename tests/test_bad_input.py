@@ -61,7 +61,8 @@ CASES = {  # what our own modules say, in one line
         ("--preset tyo", "preset is tyo: give one of recipe"),
         ("--device cuda:99x", "device is cuda:99x: give auto"), ("--device mps", "device is mps: PyTorch sees no such"),
         # problems
-        ("--data nowhere.jsonl", "nowhere.jsonl: cannot be read"), ("--data model", "model: cannot be read"),
+        ("--data nowhere.jsonl", "nowhere.jsonl: cannot be read"),
+        ("--data model", "model/config.json, row 1: is 'architectures': give an object"),
         ("--data nothing", "nothing: cannot be read"), ("--data table.csv", "table.csv, line 1: not JSON"),
         ("--data empty.jsonl", "empty.jsonl: has no row that can be used"),
         ("--data broken.jsonl", "broken.jsonl, line 2: not JSON"),
@@ -319,3 +320,17 @@ def test_pickled_weights_are_not_loaded(world):
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"model is .*only_pickled: it does not load .*safetensors"):
         load_model(str(folder), settings, torch.float32)
+
+
+@pytest.mark.parametrize(("source", "there"), [
+    ("no_file", "[]"), ("mixed", "['*.json', '*.jsonl']"), ("mixed:train", "['*.json', '*.jsonl']"),
+    ("splits", "['test*.jsonl', 'train*.jsonl']"), ("saved:tst", "['dataset_dict.json', 'train']"),
+])
+def test_a_folder_that_is_no_data_set_ends_in_one_line(world, source, there, shown_by):
+    for name in ("no_file/", "mixed/a.jsonl", "mixed/b.json", "splits/test.jsonl", "splits/train-0.jsonl",
+                 "saved/dataset_dict.json", "saved/train/"):
+        (world / name.rpartition("/")[0]).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            (world / name).touch()
+    assert re.fullmatch(rf"train.py: error: {source}: cannot be read \(it needs files of one kind and split, and has "
+                        rf"{re.escape(there)}\): give .*\n", shown_by("train.py", f"--data {source}"))

@@ -73,6 +73,11 @@ def test_deepscaler_needs_its_duplicates_left_out(capsys: pytest.CaptureFixture[
     ({"problem": "1+1?", "answer": 2.0, "id": 3.0, "pass_rate": 0.25}, Problem("3", "1+1?", ("2",), 0.25)),
     ({"problem": "1+1?", "answer": 0.5, "id": "a", "difficulty": "3/8"}, Problem("a", "1+1?", ("0.5",), 0.375)),
     ({"problem": "1+1?", "answer": 2, "id": "a", "difficulty": 5.0}, Problem("a", "1+1?", ("2",))),
+    ({"question": "1+1?", "answer": "1+1 = <<1+1=2>>2 #### no\n#### 2,400\n", "id": "a"},  # GSM8K's
+     Problem("a", "1+1?", ("2,400",))),
+    ({"question": "1+1?", "answer": ["so 2\n####2", "#### two"], "id": "a"}, Problem("a", "1+1?", ("2", "two"))),
+    ({"question": "1+1?", "answer": "#### 2\nno", "id": "a"}, Problem("a", "1+1?", ("#### 2\nno",))),
+    ({"question": "1+1?", "answer": "2 ####", "id": "a"}, Problem("a", "1+1?", ("2 ####",))),
     ({"problem": "1+1?", "answer": 2, "id": "a", "system": " Be terse.\n"},
      Problem("a", "1+1?", ("2",), system="Be terse.")),
     ({"problem": "1+1?", "answer": 2, "id": "a", "system": None}, Problem("a", "1+1?", ("2",))),
@@ -176,7 +181,7 @@ def test_same_text_twice_names_both_rows(tmp_path: Path) -> None:
     ("problems.jsonl", b"\n \n", "problems.jsonl: has no row"),
     ("problems.json", b"", r"cannot be read \(Expecting value: .*"),
     ("problems.json", b"[]", "problems.json: has no row"),
-    ("problems.json", b"5", r"cannot be read .*or .json file \(a list\), or a hub data set"),
+    ("problems.json", b"5", r"cannot be read .*or .json file \(a list\), a folder .*, or a hub data set"),
     ("problems.json", b'{"a": 1}', "row 1: is 'a': give an object"),
     ("problems.json", b'{"a": 1}\n{"a": 2}\n', r"cannot be read \(Extra data: line 2 column 1 .*give a .jsonl"),
     ("problems.csv", b"a,b\n", "line 1: not JSON"),
@@ -205,8 +210,7 @@ def test_missing_source(tmp_path: Path) -> None:
         (f"{tmp_path}/trian.jsonl", "trian.jsonl: cannot be read .*No such file"),
         ("no/train.jsonl", "no/train.jsonl: cannot be read .*No such file"),  # not taken for a hub data set
         ("no/train.parquet", "no/train.parquet: cannot be read .*No such file"),
-        (f"{tmp_path}", "cannot be read .*Is a directory"),
-        ("nothing", r"^nothing: cannot be read .*: give a .jsonl, .* or a hub data set \(owner/name or"),
+        ("nothing", r"^nothing: cannot be read .*: give a .jsonl, .* or a hub data set \(owner/name, owner"),
     ]:
         with pytest.raises(UserError, match=message):
             data.load_problems(source)
@@ -230,29 +234,108 @@ def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
             assert data.load_problems(str(tmp_path / name))[0].answers == (answer,)
 
 
-def test_hub_data_set_that_is_not_there() -> None:
-    # In a process of its own: the hub library reads HF_HUB_OFFLINE once, at import.
-    load = "data.load_problems('nobody/no-such-set:test')"
-    code = f"import data\ntry: {load}\nexcept data.UserError as error: print(error)"
-    answer = subprocess.run([sys.executable, "-c", code], env={**os.environ, "HF_HUB_OFFLINE": "1"}, text=True,
-                            cwd=Path(data.__file__).parent, capture_output=True, check=True)  # fmt: skip
-    assert re.fullmatch("nobody/no-such-set:test: cannot be read .*nobody/no-such-set.*: give a .*hub data set .*\n",
-                        answer.stdout), answer  # fmt: skip
+# ------------------------------------------------------------ folders and the hub
 
 
-def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def write_shards(folder: Path, *names: str) -> str:
+    """Write a folder of files with a problem each: its name is the text, and the first two answers are "2.50" and 1."""
+    folder.mkdir()
+    for name, answer in zip(names, ["2.50", 1, *range(9)], strict=False):
+        row = {"problem": name, "answer": answer}
+        if name.endswith(".parquet"):
+            parquet.write_table(pyarrow.Table.from_pylist([row]), folder / name)
+        else:
+            text = json.dumps([row] if name.endswith(".json") else row).encode()
+            (folder / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    return str(folder)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "jsonl.gz", "json"])
+def test_shards_of_a_folder(tmp_path: Path, suffix: str) -> None:
+    names = [f"part-{i}.{suffix}" for i in (1, 0)]
+    folder = write_shards(tmp_path / "a", *names, "README.md", "dataset_infos.json", ".hidden.jsonl", "_SUCCESS")
+    assert [(p.text, p.answers) for p in data.load_problems(folder)] == [(names[1], ("1",)), (names[0], ("2.50",))]
+    (tmp_path / "a" / names[1]).write_bytes(gzip.compress(b"{") if suffix.endswith("gz") else b"{")
+    with pytest.raises(UserError, match=rf"^{folder}/{names[1]}(, line 1: not JSON|: cannot be read)"):
+        data.load_problems(folder)
+
+
+def test_a_split_of_a_folder(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "a", "train-0.parquet", "train-1.parquet", "test-0.parquet")
+    assert [p.text for p in data.load_problems(f"{folder}:train")] == ["train-0.parquet", "train-1.parquet"]
+    assert [p.text for p in data.load_problems(f"{folder}:test")] == ["test-0.parquet"]
+    write_shards(tmp_path / "b:test", "0.jsonl")  # a colon that is part of the name
+    assert [p.text for p in data.load_problems(f"{tmp_path}/b:test")] == ["0.jsonl"]
+
+
+@pytest.mark.parametrize(("names", "part", "shown"), [
+    ([], "", r"\[\]"), (["README.md", "x.csv"], "", r"\['README.md', 'x.csv'\]"),
+    (["a.json", "a.jsonl", "b.jsonl"], "", r"\['\*.json', '\*.jsonl'\]"),
+    (["test-0.parquet", "test-1.parquet", "train.parquet"], "", r"\['test\*.parquet', 'train\*.parquet'\]"),
+    (["test-0.parquet", "train.parquet"], ":val", r"\['test\*.parquet', 'train\*.parquet'\]"),
+])  # fmt: skip
+def test_a_folder_that_is_not_one_data_set(tmp_path: Path, names: list[str], part: str, shown: str) -> None:
+    folder = write_shards(tmp_path / "a", *names)
+    with pytest.raises(UserError, match=rf"^{folder}{part}: cannot be read \(it needs files of one kind and split, and "
+                                        rf"has {shown}\): give "):
+        data.load_problems(folder + part)
+
+
+def test_what_save_to_disk_made(tmp_path: Path) -> None:
     import datasets
 
-    def load_dataset(name: str, split: str) -> datasets.Dataset:
-        rows = [{"question": f"{split}?", "answer": 142.0}, {"question": "", "answer": 1.5}]
-        return {"owner/name": datasets.Dataset.from_list(rows)}[name]
+    rows = datasets.Dataset.from_list([{"question": f"{i}?", "answer": "2.50"} for i in range(4)])
+    rows.save_to_disk(tmp_path / "one", num_shards=2)
+    datasets.DatasetDict(train=rows, test=rows.select([3])).save_to_disk(tmp_path / "two")
+    datasets.DatasetDict(hard=rows).save_to_disk(tmp_path / "hard")
+    for source, count in {"one": 4, "one:train": 4, "two": 4, "two:train": 4, "two:test": 1, "hard:hard": 4}.items():
+        problems = data.load_problems(str(tmp_path / source))
+        assert (len(problems), problems[-1].text, problems[-1].answers) == (count, "3?", ("2.50",))
+    for source, splits in {"one:test": "dataset_info.json", "two:tst": "'test', 'train'", "hard": "'hard'"}.items():
+        with pytest.raises(UserError, match=rf"{source}: cannot be read .* has \[.*{splits}.*\]\): give .*with :split"):
+            data.load_problems(str(tmp_path / source))
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match="owner/name, row 2: "):
-        data.load_problems("owner/name")
-    for source, text in [("owner/name", "train?"), ("owner/name:test[:2]", "test[:2]?")]:
-        [problem] = data.load_problems(source, skip_bad_rows=True)
-        assert (problem.text, problem.answers) == (text, ("142",))
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network, a cache with one data set of two configurations, and one of one, as after downloads."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    for name, configuration in [("two", "main"), ("two", "socratic"), ("one", "default")]:
+        rows = datasets.Dataset.from_list([{"question": f"{configuration} {i}?", "answer": 142.0} for i in range(4)])
+        rows.save_to_disk(tmp_path / "made")
+        folder = tmp_path / f"me___{name}" / configuration / "0.0.0" / "abc"
+        folder.mkdir(parents=True)
+        (tmp_path / "made" / "data-00000-of-00001.arrow").rename(folder / f"{name}-train.arrow")
+        splits = {"train": {"name": "train", "num_bytes": 100, "num_examples": 4, "dataset_name": name}}
+        info = {"builder_name": "parquet", "dataset_name": name, "config_name": configuration, "splits": splits,
+                "version": {"version_str": "0.0.0", "major": 0, "minor": 0, "patch": 0}}
+        known = json.loads((tmp_path / "made" / "dataset_info.json").read_text())
+        (folder / "dataset_info.json").write_text(json.dumps(known | info))
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize(("source", "first", "count"), [
+    ("me/one", "default 0?", 4), ("me/one:train", "default 0?", 4), ("me/one:train[1:3]", "default 1?", 2),
+    ("me/one::train", "default 0?", 4), ("me/two:main:train", "main 0?", 4), ("me/two:socratic:", "socratic 0?", 4),
+    ("me/two:main:train[3:]", "main 3?", 1),
+])  # fmt: skip
+def test_hub_data_set(source: str, first: str, count: int) -> None:
+    problems = data.load_problems(source)
+    assert (problems[0].text, problems[0].answers, len(problems)) == (first, ("142",), count)
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize(("source", "there"), [
+    ("me/two", "configurations .*(main, socratic|socratic, main)"), ("me/two:train", "main"),
+    ("me/two:man:train", r"'man' Available .*\['main', 'socratic'\]"), ("me/two:main:tst", r'"tst".* \[\'train\'\]'),
+    ("me/one:test", r"\['train'\]"), ("nobody/none:test", "nobody/none"), ("nobody/none:main:train", "nobody/none"),
+])  # fmt: skip
+def test_hub_data_set_that_is_not_there(source: str, there: str) -> None:
+    with pytest.raises(UserError, match=rf"^{source}: cannot be read \(.*{there}.*: give .* owner/name:config.*:split"):
+        data.load_problems(source)
 
 
 def test_importing_and_reading_jsonl_stays_light(tmp_path: Path) -> None:

@@ -213,6 +213,14 @@ def test_histograms_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (tmp_path / "other.png").stat().st_size > 5000
 
 
+def test_histogram_of_a_split_goes_where_the_user_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    scores(tmp_path / "a" / "b" / "test.jsonl", [0, 8])
+    run("histogram", "a/b:test")
+    assert (tmp_path / "b:test.png").exists()
+
+
 def test_bars_stand_beside_each_other() -> None:
     axis = Figure().subplots()
     difficulty.plot_histograms(axis, {"_before": [3, 0, 0, 0, 0, 0, 0, 0, 1], "after": [0] * 9})

@@ -26,7 +26,7 @@ import evaluate
 import rollout
 import toy
 from data import UserError
-from evaluate import PUBLISHED_ROLLOUTS, Eval, by_length, by_limit, fixed_length_distinct_4, yarn_config
+from evaluate import PUBLISHED_ROLLOUTS, Eval, by_length, by_limit, fixed_length_distinct_4, short_names, yarn_config
 from polaris_mini import Common, Group, Problem, Rollout
 from reward import RewardPool
 from rollout import Evaluation, ProbeCurves
@@ -328,6 +328,28 @@ def test_eval_of_two_files_plain_and_stretched(model: Path, sums: Path, tmp_path
     assert len(set(map(tuple, texts.values()))) == 2  # stretched positions, other responses
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("minerva", "YaRN 1.5", "up to 13", "above 13", "pass@k", "k = 8"))
+
+
+def test_two_files_of_one_name_are_told_apart(model: Path, sums: Path, tmp_path: Path, capsys: Any):
+    sources = [tmp_path / folder / "test.jsonl" for folder in "ab"]
+    for source in sources:
+        source.parent.mkdir()
+        source.write_text(sums.read_text())
+    run("eval", model, "--data", *sources, sums, sources[0], "--problems", 1, "--rollouts", 2, "--out", tmp_path)
+    accuracy = capsys.readouterr().out.split("\n\n")[1]
+    assert [line.split()[0] for line in accuracy.splitlines()[1:]] == ["a/test.jsonl", "b/test.jsonl", "sums"]
+    assert list(strict(tmp_path / "results.json")["results"]) == [*map(str, sources), str(sums)]
+    assert [row["settings"]["data"] for row in lines(tmp_path / "responses.jsonl")] == [*map(str, sources), str(sums)]
+
+
+@pytest.mark.parametrize(("sources", "names"), [
+    (["x/a.jsonl"], ["a"]), (["a.jsonl", "x/a.jsonl"], ["a.jsonl", "x/a.jsonl"]),
+    (["x/a.jsonl", "x/a.parquet"], ["a.jsonl", "a.parquet"]), (["/x/t/a", "/y/t/a"], ["x/t/a", "y/t/a"]),
+    (["a.jsonl", "./a.jsonl"], ["a.jsonl", "./a.jsonl"]),
+    (["o/n:main:test", "o/n:socratic:test"], ["n:main:test", "n:socratic:test"]),
+])  # fmt: skip
+def test_short_names(sources: list[str], names: list[str]):
+    assert list(short_names(sources).values()) == names
 
 
 def test_eval_of_one_problem_without_buckets(model: Path, sums: Path, tmp_path: Path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,9 @@ import torch
 from conftest import random_rollouts
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM, Gemma3TextConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3ForCausalLM,
+)
 
 import train
 from data import UserError
@@ -168,6 +171,28 @@ def test_plan_shortens_responses_and_rows_where_nothing_else_helps(capsys, tmp_p
     output = shown(capsys, asked)
     assert output.count("--max-response-tokens") == output.count("--tokens-per-micro-batch") == 1
     assert "\nfits: " in shown(capsys, f"{asked} {changes_in(output)}")
+
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 64, "vocab_size": 50}
+
+
+@pytest.mark.parametrize(("shape", "slides"), [
+    (MistralConfig(**TINY, sliding_window=4096), True), (Gemma3TextConfig(**TINY, sliding_window=4096), True),
+    (Qwen2Config(**TINY, use_sliding_window=True, sliding_window=4096, max_window_layers=1), True),
+    (Qwen2Config(**TINY, use_sliding_window=True, sliding_window=4096, max_window_layers=2), False),  # in no layer
+    (Qwen2Config(**TINY, use_sliding_window=False, sliding_window=4096), False),
+])  # fmt: skip
+def test_plan_refuses_a_sliding_window_as_training_does(tmp_path, capsys, shape, slides):
+    AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path)
+    refused = pytest.raises(UserError, match="sliding window has 4096 tokens, prompt and response may have 4097")
+    for tokens in (64, 3072, 3073):  # and a prompt of 1024
+        asked = f"--model {tmp_path} --max-response-tokens {tokens} --device cpu"
+        with refused if slides and tokens == 3073 else nullcontext():
+            load_policy(train.read_config(["--data", "unread", *asked.split()]))
+        with refused if slides and tokens == 3073 else nullcontext():
+            assert "\nfits: " in shown(capsys, f"--gpu-memory 8 {asked}")
+    assert not slides or capsys.readouterr().out == ""  # nothing is shown of what cannot be
 
 
 def test_measured_peaks_stand_beside_the_planned_ones(capsys):

@@ -392,7 +392,7 @@ def test_one_value_has_no_interval():
 def test_batch_metrics_of_what_was_drawn_and_what_is_trained():
     half, none, full = group("a", [1, 1, 0, 0]), group("b", [0, 0, 0, 0]), group("c", [1, 1, 1, 1])
     half.rollouts[3].finish_reason, half.rollouts[3].response_tokens = "length", [2] * 10
-    for rollout, reason in zip(none.rollouts, ["no_think_end", "no_answer", "no_answer", "timeout"], strict=True):
+    for rollout, reason in zip(none.rollouts, ["no_think_end", "no_answer", "truncated", "timeout"], strict=True):
         rollout.reason, rollout.text = reason, "w x y z"
     groups = [half, none, full]
     borrowed = Rollout("b", (1,), [2], [-1.0], "", "stop", 1.0, rescued=True)
@@ -400,7 +400,8 @@ def test_batch_metrics_of_what_was_drawn_and_what_is_trained():
     found = batch_metrics(groups, batch)
     assert found == {
         "reward/mean": 0.5, "reward/solve_none": 1 / 3, "reward/solve_all": 1 / 3,
-        "reward/no_think_end": 1 / 12, "reward/no_answer": 2 / 12, "reward/timeout": 1 / 12,
+        "reward/no_think_end": 1 / 12, "reward/no_answer": 1 / 12, "reward/timeout": 1 / 12,
+        "reward/truncated": 1 / 12, "reward/wrong": 0,
         "batch/informative": 1 / 3, "batch/rescued": 1, "batch/substituted": 1,
         "response/tokens_mean": 32 / 12, "response/tokens_max": 10, "response/truncated": 1 / 12,
         "diversity/distinct_4": pytest.approx((0 + 1 / 4 + 0) / 3), "tokens/rollout": 32,
@@ -412,6 +413,7 @@ def test_batch_metrics_of_what_was_drawn_and_what_is_trained():
 
 HEALTHY = {"policy/entropy": 0.3, "response/tokens_mean": 900.0, "reward/solve_none": 0.4, "reward/solve_all": 0.2,
            "reward/timeout": 0.0, "reward/no_think_end": 0.0, "reward/no_answer": 0.1, "response/truncated": 0.1,
+           "reward/truncated": 0.1, "reward/wrong": 0.2,
            "mismatch/kl": 0.001}
 
 
@@ -436,11 +438,12 @@ def test_health_names_what_goes_wrong_and_only_that(name, change, below):
     assert after(below) == {}
 
 
-@pytest.mark.parametrize("metric", UNSOLVED)
-def test_health_says_which_reason_prevails_where_nothing_is_right(metric):
-    change = {"reward/solve_none": 1.0, **({metric: 0.6} if metric else {})}
-    assert UNSOLVED[metric] in after(change)["unsolved"]
+@pytest.mark.parametrize("reason", UNSOLVED)
+def test_health_says_which_reason_prevails_where_nothing_is_right(reason):
+    change = {"reward/solve_none": 1.0, "response/truncated": 0.9, f"reward/{reason}": 0.24}  # the others have less
+    assert f"; nothing is learned; 24% are {reason}: {UNSOLVED[reason]}" in after(change)["unsolved"]
     assert "unsolved" not in after({**change, "reward/solve_none": 0.9})
+    assert "--no-require-think" in UNSOLVED["no_think_end"]
 
 
 def test_health_looks_at_ten_steps_and_at_what_they_have():

@@ -29,8 +29,9 @@ SHORT = [*SMALL, "--max-response-tokens", "24"]
 STEPS = 5
 METRICS = {
     "step", "stage", "sampling/temperature", "reward/mean", "reward/solve_none", "reward/solve_all",
-    "reward/no_think_end", "reward/no_answer", "reward/timeout", "batch/informative", "batch/rescued",
-    "batch/substituted", "response/tokens_mean", "response/tokens_max", "response/truncated", "diversity/distinct_4",
+    "reward/no_think_end", "reward/no_answer", "reward/timeout", "reward/truncated", "reward/wrong",
+    "batch/informative", "batch/rescued", "batch/substituted", "response/tokens_mean", "response/tokens_max",
+    "response/truncated", "diversity/distinct_4",
     "policy/loss", "policy/entropy", "policy/clip_fraction", "mismatch/kl", "mismatch/ratio_mean",
     "mismatch/ratio_max", "mismatch/cut", "optim/grad_norm", "optim/skipped", "optim/lr", "time/rollout",
     "time/reward", "time/update", "time/sync", "time/save", "time/step", "tokens/rollout", "tokens/per_second",

@@ -614,10 +614,9 @@ def test_sliding_window_shorter_than_a_response_is_refused_at_the_start(tmp_path
     folder = save_tiny(tmp_path, MistralConfig, MistralForCausalLM, hidden_size=32, num_hidden_layers=2,
                        intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, sliding_window=32)
     config = Config(model=folder, device="cpu", max_prompt_tokens=16, max_response_tokens=16)
-    policy = load_policy(config)
-    check_packing(policy, config)  # fits
+    check_packing(load_policy(config), config)  # fits
     with pytest.raises(UserError, match="sliding window has 32 tokens"):
-        check_packing(policy, replace(config, max_prompt_tokens=17))
+        load_policy(replace(config, max_prompt_tokens=17))
 
 
 def test_check_packing_finds_logits_that_are_not_the_heads():

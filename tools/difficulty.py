@@ -78,7 +78,7 @@ class Histogram:
     files: tuple[str, ...]
     """Problems with pass rates, as for filter: one file, or several to compare."""
     out: Path | None = None
-    """PNG to write. Default: beside the first file, with its name."""
+    """PNG to write. Default: beside the first file, with its name; of a hub data set or folder:split: here."""
     skip_bad_rows: bool = False
     """Leave out rows that cannot be used (and say how many) instead of ending with an error."""
 
@@ -144,7 +144,8 @@ def draw_histograms(options: Histogram) -> None:
 
     if not options.files:
         raise UserError("histogram has no file: give one, or several to compare")
-    out = options.out or Path(options.files[0]).with_suffix(".png")
+    first = Path(options.files[0])
+    out = options.out or (first if first.exists() else Path(first.name)).with_suffix(".png")
     check_output(out, ".png")
     named = {file: difficulty_histogram(load_scored(file, options.skip_bad_rows).values()) for file in options.files}
     for name, counts in named.items():

@@ -17,7 +17,8 @@ import os
 import random
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -75,7 +76,7 @@ class Measure(Command):
     """Measure each problem's pass rate: its difficulty for this very model."""
 
     data: str
-    """Problems: a jsonl, json or parquet file, or a hub data set (owner/name, or owner/name:split)."""
+    """Problems: a jsonl, json or parquet file, a folder, or a hub data set (owner/name:configuration:split)."""
     out: str = "scores.jsonl"
     """Where the pass rates go, one line a problem. What is in it already is not measured again."""
     rollouts: int = 8
@@ -113,7 +114,7 @@ class Eval(Command):
     """Evaluate a model: avg@k, pass@k, by length and by limit. The defaults are the published settings."""
 
     data: tuple[str, ...]
-    """Files of problems or hub data sets, each evaluated by itself."""
+    """Files, folders or hub data sets of problems, each evaluated by itself."""
     out: str = "eval"
     """Folder for results.json and the responses. What is in it already is not sampled again."""
     rollouts: int | None = None
@@ -430,8 +431,19 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
     data.write_whole(path, json.dumps(known, indent=2) + "\n")
 
 
+def short_names(sources: Collection[str]) -> dict[str, str]:
+    """Name each source by the shortest end of its path, at best without its suffix, that no other source has."""
+    def ends(source: str) -> list[str]:
+        path = Path(source)
+        return [path.stem, *(str(Path(*path.parts[-n:])) for n in range(1, len(path.parts) + 1))]
+
+    taken = Counter(end for source in sources for end in set(ends(source)))
+    return {source: next((end for end in ends(source) if taken[end] == 1), source) for source in sources}
+
+
 def print_evaluations(results: Mapping[str, Any], options: Eval) -> None:
-    named = {(Path(source).stem, variant): found for source, of in results.items() for variant, found in of.items()}
+    names = short_names(results)
+    named = {(names[source], variant): found for source, of in results.items() for variant, found in of.items()}
     print_table("accuracy",
                 ["data", "", "problems", "k", "avg@k", "95 % interval", "pass@k", "tokens", "truncated", "distinct-4"],
                 [[*name, str(e["problems"]), str(e["k"]), f"{e['avg_at_k']:.1%}", f"+- {e['interval']:.1%}",

@@ -132,7 +132,7 @@ def update_bytes(policy: torch.nn.Module, config: Config, longest: int) -> tuple
     """
     row = max(longest, min(config.tokens_per_micro_batch, longest * config.prompts_per_step * config.group_size))
     same = replace(config, quantize_base=False, offload_activations=False, offload_policy=False, attention="sdpa",
-                   optimizer="adamw", lr=1.0, stages=Config.stages, rollouts_per_batch=1, tokens_per_micro_batch=1,
+                   optimizer="adamw", lr=1.0, stages=("1:1:1",), rollouts_per_batch=1, tokens_per_micro_batch=1,
                    max_prompt_tokens=1, data="", preset="")  # in these a dry run would not differ
     one, two = (dry_run(same, layers, row) for layers in (1, 2))
     layers: int = causal_lm(policy).config.get_text_config().num_hidden_layers
@@ -353,6 +353,7 @@ def run_plan(options: PlanOptions, config: Config) -> None:
         return (f"{worst} takes {plan(config).peak(worst) / GIB:.1f} of {options.gpu_memory:g} GiB; the cache holds "
                 f"{plan(config).responses:.1f} responses of full length at once")
 
+    plan(config)  # what is wrong is said before anything is shown
     print(f"{config.model}, responses of up to {config.longest_response:,} tokens, engine "
           f"{'hf' if config.engine == 'hf' else 'vllm'}; GiB of a GPU with {options.gpu_memory:g}:\n")
     show_plan(plan(config), card, measured_memory(options.run) if options.run else {})
