@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # importing transformers takes seconds, which a typo in a fil
     from transformers import PreTrainedTokenizerBase
 
 HUB = re.compile(r"([\w-][\w.-]*/[^/:]+)(?::([^:[]*)(?=:))?(?::(.*))?")  # owner/name:configuration:split
-SHARD = re.compile(r"^(?![._]|dataset_(?:dict|infos?)\.)(train|test|val|dev|eval|).*(\.parquet|\.jsonl?|\.jsonl\.gz)$")
+SHARD = re.compile(r"(?!dataset_(?:dict|infos?)\.)[^._].*\.(?:parquet|jsonl?|jsonl\.gz)")
 CheckAnswers = Callable[[Sequence[str]], str | None]  # says why answers cannot be graded; None if they can
 
 
@@ -153,15 +153,15 @@ def read_records(source: str) -> Iterator[tuple[str, Any]]:
     name, _, split = (source, "", "") if Path(source).exists() else source.partition(":")
     path = Path(name if Path(name).is_dir() else source)
     try:
-        if (path / "state.json").exists() and split in ("", "train"):  # by save_to_disk
+        saved = path / (split or "train") if (path / "dataset_dict.json").exists() else path
+        if (saved / "state.json").exists() and (saved != path or split in ("", "train")):  # by save_to_disk
             from datasets import load_from_disk
-            rows = load_from_disk(path)
+            rows = load_from_disk(saved)
         elif path.is_dir():
-            kinds = {file: SHARD.sub(r"\1*\2", file.name) for file in sorted(path.iterdir())}
-            rows = ([file for file in kinds if file.name == (split or "train")]  # save_to_disk's, of several splits
-                    or [file for file, kind in kinds.items() if "*" in kind and file.name.startswith(split)])
-            if len({kinds[file] for file in rows}) != 1:
-                raise ValueError(f"it needs files of one kind and split, and has {sorted({*kinds.values()})!s:.200}")
+            files = sorted(file for file in path.iterdir() if SHARD.fullmatch(file.name))
+            rows = [file for file in files if file.name.startswith(split or "train")] or ([] if split else files)
+            if len({file.suffix for file in rows}) != 1:
+                raise ValueError(f"it needs files of one kind, and has {sorted(f.name for f in path.iterdir())!s:.200}")
         elif path.suffix == ".parquet":
             from pyarrow import parquet
             rows = parquet.ParquetFile(path).read().to_pylist()

@@ -306,7 +306,7 @@ def _read_golds(answers: object) -> tuple[list[str], str]:
             answer = int(answer) if answer.is_integer() else f"{answer:.15g}"  # 0.30000000000000004 was 0.3
         full = str(answer).rpartition("####")[2]  # or a whole solution, which boxes its answer, or at least states it
         text = [part for part in (full, *STATED.findall(full), boxed_answer(full)) if part is not None][-1]
-        text += "}" * (len(re.findall(r"(?<!\\)\{", text)) - len(re.findall(r"(?<!\\)\}", text)))  # or no box could hold it
+        text += "}" * (len(re.findall(r"(?<!\\)\{", text)) - len(re.findall(r"(?<!\\)\}", text)))  # as in a box
         text = text if TOO_BIG.search(text.strip()) else normalize(text)
         if isinstance(answer, bool) or not isinstance(answer, str | int):
             fault = "is no text or finite number"

@@ -17,6 +17,7 @@ import toy
 import train  # noqa: F401  registers the packed attention
 from fast_start import Script
 from polaris_mini import Rollout
+from reward import Grade, RewardPool
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "intermediate_size": 64, "max_position_embeddings": 256, "eos_token_id": 3, "pad_token_id": 0,
@@ -25,6 +26,11 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "n
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def grade(response: str, answers: object, *, require_think: bool, truncated: bool = False) -> Grade:
+    with RewardPool(1, require_think=require_think) as pool:
+        return pool.grade([(response, answers, truncated)])[0]
 
 
 def even_sums(path: Path, count: int) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import grade
 from fast_start import ROOT
 from soak import make_world
 from transformers import PreTrainedModel
@@ -20,7 +21,6 @@ import data
 import toy
 from data import UserError
 from polaris_mini import Common
-from reward import grade
 from rollout import load_model
 
 FILES = {
@@ -323,8 +323,8 @@ def test_pickled_weights_are_not_loaded(world):
 
 
 @pytest.mark.parametrize(("source", "there"), [
-    ("no_file", "[]"), ("mixed", "['*.json', '*.jsonl']"), ("mixed:train", "['*.json', '*.jsonl']"),
-    ("splits", "['test*.jsonl', 'train*.jsonl']"), ("saved:tst", "['dataset_dict.json', 'train']"),
+    ("no_file", "[]"), ("mixed", "['a.jsonl', 'b.json']"), ("mixed:train", "['a.jsonl', 'b.json']"),
+    ("splits:val", "['test.jsonl', 'train-0.jsonl']"), ("saved:tst", "['dataset_dict.json', 'train']"),
 ])
 def test_a_folder_that_is_no_data_set_ends_in_one_line(world, source, there, shown_by):
     for name in ("no_file/", "mixed/a.jsonl", "mixed/b.json", "splits/test.jsonl", "splits/train-0.jsonl",
@@ -332,5 +332,5 @@ def test_a_folder_that_is_no_data_set_ends_in_one_line(world, source, there, sho
         (world / name.rpartition("/")[0]).mkdir(parents=True, exist_ok=True)
         if not name.endswith("/"):
             (world / name).touch()
-    assert re.fullmatch(rf"train.py: error: {source}: cannot be read \(it needs files of one kind and split, and has "
+    assert re.fullmatch(rf"train.py: error: {source}: cannot be read \(it needs files of one kind, and has "
                         rf"{re.escape(there)}\): give .*\n", shown_by("train.py", f"--data {source}"))

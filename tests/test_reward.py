@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reward
+from conftest import grade
 from polaris_mini import Problem
 from reward import (
-    Grade, RewardError, RewardPool, boxed_answer, check_answer, grade, normalize, plain_number, same_mathematics,
-    same_text,
+    Grade, RewardError, RewardPool, boxed_answer, check_answer, normalize, plain_number, same_mathematics, same_text,
 )
 
 REPOSITORY = Path(__file__).parents[1]
