@@ -25,6 +25,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from decimal import Decimal
+from difflib import SequenceMatcher
 from itertools import groupby, pairwise, starmap
 from subprocess import PIPE, Popen
 from threading import get_ident
@@ -48,16 +49,15 @@ NUMBER = re.compile(
     r"([+-]?(?=\.?[0-9])(?:[1-9][0-9]{0,2}(?:[ ,][0-9]{3})+|[0-9]*)(?:\.[0-9]*)?)"  # 1,000 or 1 000 or 1000.0
     r"(?:(?:[eE]|\s*\\(?:times|cdot)\s*10\^)\{?([+-]?[0-9]{1,4})\}?"  # a power of ten: e9 or \times 10^{9}
     r"\s*(?:\\(?:text|mathrm)\{[^{}]*\})?)?")  # and then perhaps a unit
-# What math-verify misreads: 3 1/2 as (3 + 1)/2, 2(\frac{1}{2}) as 2.5, \text{May } 20 as a product; \{x \mid x > 1\}
-MIXED = re.compile(r"(?<![\d.,/^_{}\\])([1-9]\d*)\s+([1-9]\d*)\s*/\s*([1-9]\d*)(?![\d.,]*\d)")
+# What math-verify misreads: 3 1/2 as (3 + 1)/2, 2(\frac{1}{2}) as 2.5, 2 years 3 months as a product; \{x \mid x > 1\}
+MIXED = re.compile(r"(?<![\d.,/^_\\])([1-9]\d*)\s+([1-9]\d*)\s*/\s*([1-9]\d*)(?![\d.,]*\d)")
 FACTORS = re.compile(r"(?<![_^]\d)(?<=\d)\s*(?=(?:\\left)?\s*\(\s*\\[dt]?frac)|(?<=\d\))\s*(?=\\[dt]?frac)")
-WORDS_FIRST = re.compile(r"(?s)\\text\s*\{([^{}]*[A-Za-z]{2}[^{}]*)\}\s*([-+]?(?:\d|\\[dt]?frac|\\sqrt).*)")
-SET_OF = re.compile(r"\\\{\s*[a-z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|[|:])((?:[^{}]|\{[^{}]*\})*)\\\}")
-CLOCK = re.compile(r"(?i)(?<![\d:])(\d\d?)\s*\{?:\}?\s*([0-5]\d)(?!\d)"  # 3:30, perhaps with p.m.
-                   r"(?:\s*(?:\\\w+\s*\{)?\s*([ap])\.?\s*m\b\.?\}?)?")
-CHOICE = re.compile(r"(?s)\(?([A-J])(?:\)|[.:](?=\s)|$)[.:]?\s*((?!.*\(?[A-J]\)).*)")  # (C) 42, C. 42, C
-CONDITION = re.compile(r"[,\s]*\b(?:where|for|with|if|when)\b")
-IDLE = {"and", "or", "the", "a", "an", "is", "are", "of", "in", "about", "square", "sq", "unit", "units"}
+DURATION = re.compile(r"\d+\s+[a-z]{3,}(?:,?\s+(?:and\s+)?\d+\s+[a-z]{3,})+")
+SET_OF = re.compile(r"\\\{\s*[a-z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|[|:])(.*?)(?:\\right)?\s*\\\}")
+UNIT = re.compile(r"(?:[\^_]\s*\{?\s*-?|[a-z])\d+")  # its exponent
+CLOCK = re.compile(r"\s*(\d\d?(?:\s*\{?:\}?\s*[0-5]\d)*)([A-Za-z.~\s]*)")  # 3:30 p.m.
+CHOICE = re.compile(r"(?s)\(?([A-J])(?:\)|\.(?=\s)|$)[.:]?\s*((?!.*(?<![A-Za-z\\])[A-J](?![A-Za-z])).*)")  # (C) 42
+IDLE = {"and", "or", "the", "a", "an", "is", "are", "of", "about", "square", "sq", "cubic", "unit", "units", "degrees"}
 SYMBOLS = str.maketrans({"−": "-", "–": "-", "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "÷": r"\div ",
     "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "°": r"^\circ ", "∪": r"\cup ", "∩": r"\cap ",
     "∈": r"\in ", "∅": r"\emptyset ", "±": r"\pm ", "√": r"\sqrt ", "π": r"\pi ", "′": "'", "ℝ": r"\mathbb{R}",
@@ -134,6 +134,7 @@ def normalize(text: str) -> str:
     """
     text = re.sub(r"\\?[$€£¥]|(?<!\\)\\[()\[\]]", "", text)  # currency, delimiters; not \\[2pt], the end of a row
     text = text if text.isascii() else _unicode_to_latex(text)
+    text = re.sub(rf"^\s*{FONT.pattern}[.\s]*$", lambda m: m[1] if re.search(r"\d", m[1]) else m[0], text)
     text = re.sub(r"(?<=\d)(?:,\\!|\\!,?|\{,\})\s*(?=\d{3}(?!\d))", "", text)  # 1,\!000 and 1{,}000
     text = re.sub(r"(?<=[ct}])\{\d{1,3}(?:,\d{3})+\}", lambda match: match[0].replace(",", ""), text)  # \frac{1,000}{3}
     text = re.sub(r"(?<!\\)\\[,;:! ]|~|\\q?quad\b", " ", text)
@@ -141,11 +142,13 @@ def normalize(text: str) -> str:
     text = re.sub(r"\\sqrt\s*(?:\(([^()]*)\)|(\d[\d.]*\d))", r"\\sqrt{\1\2}", text)  # √10 would be \sqrt{1}0
     text = text.replace(r"\degree", r"^\circ").replace(r"\varnothing", r"\emptyset")
     text = re.sub(r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar)\s*\{(\d{1,20})\}", _repeating, text)
-    text = SET_OF.sub(r"\1", MIXED.sub(r"\1\\frac{\2}{\3}", FACTORS.sub(r" \\cdot ", text)))
-    text = re.sub(r"\\(?:lor|vee)\b", r"\\text{ or }", re.sub(r"\\(?:land|wedge)\b", r"\\text{ and }", text))
-    text = re.sub(r"(?<=\d)\s+(?!sqrt)([a-z]{4,})\b(?![^{}]*\})", r" \\text{ \1}", text)  # 2 years, else a product
+    text = re.sub(r"\\(?:lor|vee)\b|\\(?:text\w*|mbox|mathrm)\s*\{[\s,]*or\s*\}", r"\\text{ or }", text)
+    text = re.sub(r"\\(?:land|wedge)\b|\\(?:text\w*|mbox|mathrm)\s*\{[\s,]*and\s*\}", r"\\text{ and }", text)
+    text = MIXED.sub(r"\1\\frac{\2}{\3}", FACTORS.sub(r" \\cdot ", text))
     text = re.sub(r"(?<!\\right)[\s.,;:]+$", "", text.strip())  # the end of a sentence
-    return rf"{match[2]} \text{{ {match[1]}}}" if (match := WORDS_FIRST.fullmatch(text)) else text
+    if DURATION.fullmatch(text):
+        text = re.sub(r"(?<=\d)\s+([a-z]+)", r" \\text{ \1}", text)
+    return described[1].strip() if (described := SET_OF.fullmatch(text.removeprefix(r"\left"))) else text
 
 
 # ---- Two answers ----
@@ -199,11 +202,16 @@ def same_text(answer: str, gold: str) -> bool | None:
     """
     if _canonical(answer) == _canonical(gold):
         return True
+    times = [CLOCK.fullmatch(FONT.sub(r"\1", text)) for text in (answer, gold)]
+    if times[0] and times[1] and ":" in answer + gold:  # else math-verify's ratio
+        (clock, rest), (gold_clock, gold_rest) = (time.groups() for time in times if time)
+        hours, gold_hours = ([*map(int, re.findall(r"\d+", x)), 0, 0][:3] for x in (clock, gold_clock))
+        return hours == gold_hours and _same_words(_words(rest), _words(gold_rest))
     value, number = plain_number(answer), plain_number(gold)
     if value is not None and number is not None:
         more_digits = int(value.as_tuple().exponent) < int(number.as_tuple().exponent)
         equal = value == number or (more_digits and rounds_to(value, gold))
-        return equal and _same_words(_left_out(answer)[1], _left_out(gold)[1])  # units
+        return equal and _same_words(_words(answer), _words(gold))
     # One may have a percent sign that the other lacks, or a decimal comma for its point: 2,5 is 2.5.
     for one, other in ((answer, number), (gold, value)):
         comma = one.replace(",", ".") if re.fullmatch(r"-?[0-9]+,[0-9]+", one) else ""
@@ -213,54 +221,66 @@ def same_text(answer: str, gold: str) -> bool | None:
     return False if products else None  # to math-verify BADC is ABCD
 
 
-def _left_out(text: str, read: str = "") -> tuple[Counter[str], list[str]]:
-    """Return the digits (and dots) and the words, without plural, of an answer that math-verify has not read."""
-    digits, words = [], []
-    for part in (text, read):
-        values = re.sub(r"(?:[\^_]\s*\{?\s*-?|[a-z])\d+", "", part)  # without a unit's exponent
-        digits.append(Counter(re.findall(r"\d|dots|\.\.\.", values)))
-        part = re.sub(r"\\[A-Za-z]+", " ", re.sub(r"(?<=[A-Za-z])\.", "", part)).lower()
-        words.append(Counter(re.sub("e?s$|e$", "", w) for w in re.findall("[a-z]+", part) if w not in IDLE))
-    return digits[0] - digits[1], list((words[0] - words[1]).elements())
+def _left_out(text: str, read: str) -> list[str]:
+    """Return the digits, commas and dots of an answer, in order, that are not in the part that math-verify has read."""
+    left, kept = (re.findall(r"\d|[,;]|dots|\.\.\.", UNIT.sub("", part)) for part in (text, read))
+    edits = SequenceMatcher(None, left, kept, autojunk=False).get_opcodes()
+    return [token for kind, start, end, *_ in edits if kind in ("delete", "replace") for token in left[start:end]]
+
+
+def _words(text: str, read: str = "") -> list[str]:
+    """Return the words of an answer, in lower case, that are not in the part that math-verify has read."""
+    parts = (re.sub(r"\\[A-Za-z]+", " ", re.sub(r"(?<=[A-Za-z])\.", "", part)).lower() for part in (text, read))
+    words, known = (Counter(re.findall("[a-z]+", re.sub("(?<=[a-z])/(?=[a-z])", " per ", part))) for part in parts)
+    return [word for word in (words - known).elements() if word not in IDLE]
 
 
 def _same_words(ones: Sequence[str], others: Sequence[str]) -> bool:
-    """Tell whether one answer's words are among the other's, or abbreviate them, as cm does centimeters."""
-    short, long = sorted(("".join(ones), "".join(others)), key=len)
-    abbreviates = 3 < len(long) >= 2 * len(short) - 1 < 8 and re.match(".*".join(short), long) is not None
-    return set(ones) <= set(others) or set(others) <= set(ones) or abbreviates
+    """Tell whether the fewer words are among the more, as they are, or a plural, or abbreviated: cm for centimeters."""
+    def same(one: str, other: str) -> bool:
+        short, long = sorted((one, other), key=len)
+        shortens = 2 * len(short) - 1 <= min(7, len(long)) and len(long) > 2 and re.match(".*".join(short), long)
+        return bool(shortens) or long == short or (len(short) > 1 and long in (short + "s", short + "es"))
+
+    few, many = sorted((ones, others), key=len)
+    among = all(any(same(word, other) for other in many) for word in few)
+    return ("not" in few) == ("not" in many) and (among or same("".join(few), "".join(many)))
 
 
-def _as_set(parsed: Any, text: str) -> Any:
-    """Return the set that inequalities describe with "or" or "and" between them; all else as it is."""
+def _as_set(parsed: Any, joints: set[str]) -> Any:
+    """Return the set that inequalities in one variable describe, alone or joined by "or" or "and"; all else as it is."""
     import sympy
-    parts, word = parsed.args if isinstance(parsed, sympy.FiniteSet) else (), re.search(r"\b(or|and)\b", text)
-    if word is None or all(isinstance(part, sympy.Eq) or not hasattr(part, "as_set") for part in parts):
-        return parsed
-    return (sympy.Union if word[1] == "or" else sympy.Intersection)(*(part.as_set() for part in parts))
+    alone = isinstance(parsed, sympy.And) and not parsed.atoms(sympy.Eq)
+    parts = [parsed] if alone else parsed.args if isinstance(parsed, sympy.FiniteSet) and len(joints) == 1 else ()
+    relations = all(isinstance(x, sympy.Rel | sympy.And) for x in parts) and not all(isinstance(x, sympy.Eq) for x in parts)
+    with suppress(NotImplementedError):  # \sin x < 1
+        if relations and len(parsed.free_symbols) == 1:
+            found = (sympy.Union if "or" in joints else sympy.Intersection)(*(part.as_set() for part in parts))
+            return parsed if found.is_empty else found  # p < 1 and p > 3 are two lists
+    return parsed
 
 
-def _agree(one: Any, other: Any, braces: bool) -> bool:
+def _agree(one: Any, other: Any, braces: bool) -> bool | None:
     """Compare what math-verify takes for equal again: exact values, floats to a ten-thousandth, sets in braces."""
     import sympy
     if isinstance(one, sympy.Rel) and isinstance(other, sympy.Rel) and one.lhs != other.lhs:
-        return True
+        return None
     one, other = pair = [x.rhs if isinstance(x, sympy.Rel) else x for x in (one, other)]
-    if all(isinstance(x, sympy.FiniteSet | sympy.Tuple | sympy.Interval | sympy.And | sympy.MatrixBase) for x in pair):
+    if all(isinstance(x, sympy.FiniteSet | sympy.Tuple | sympy.Interval | sympy.MatrixBase) for x in pair):
         if braces and isinstance(one, sympy.FiniteSet) != isinstance(other, sympy.FiniteSet):
             return False
         parts = [x.args[:2] if isinstance(x, sympy.Interval) else getattr(x, "args", x) for x in pair]
-        return all(any(_agree(x, y, braces) for y in parts[1]) for x in parts[0])
+        found = [{_agree(x, y, braces) for y in parts[1]} for x in parts[0]]
+        return all(True in verdicts or False not in verdicts for verdicts in found)
     if not all(isinstance(x, sympy.Expr) for x in pair) or one.free_symbols != other.free_symbols:
-        return True
+        return None
+    tolerance = sympy.Rational(1, 10_000 if one.has(sympy.Float) or other.has(sympy.Float) else 10**40)
     at = {symbol: sympy.Rational(17 + 10 * i, 10) for i, symbol in enumerate(sorted(one.free_symbols, key=str))}
-    one, other = pair = [x.subs(at).doit() for x in pair]
+    one, other = [x.evalf(60, subs=at) if at else x.doit() for x in pair]
     with suppress(TypeError, ValueError, ArithmeticError):  # no number
-        if (one - other).is_Rational:
-            return bool(one - other == 0)
-        tolerance = sympy.Rational(1, 10_000 if one.has(sympy.Float) or other.has(sympy.Float) else 10**40)
-        return not abs((one - other).evalf()) > tolerance * abs(other.evalf())
-    return True
+        gap = one - other
+        return bool(gap == 0) if gap.is_Rational else not abs(gap.evalf()) > tolerance * abs(other.evalf())
+    return None
 
 
 def same_mathematics(answer: str, gold: str) -> bool:
@@ -271,31 +291,34 @@ def same_mathematics(answer: str, gold: str) -> bool:
     from math_verify import LatexExtractionConfig, parse, verify
     if answer.endswith("%") and gold.endswith("%"):
         answer, gold = answer.rstrip(r"\%"), gold.rstrip(r"\%")
-    if "=" not in answer + gold and CLOCK.search(answer) and CLOCK.search(gold):  # hours and minutes, not a ratio
-        answer, gold = (CLOCK.sub(r"(\1,\2,0)\\text{\3\3}", text) for text in (answer, gold))
     answer, gold = (re.sub(r"^0?\.5$", "0.50", text) for text in (answer, gold))  # 0.5 would be read as \frac{1}{2}
     # In a box: bare text goes by worse rules. Only LaTeX: bare arithmetic ends in eval. A time-out would be a False.
     target, truth = (parse(rf"\boxed{{{t}}}", [LatexExtractionConfig()], parsing_timeout=None) for t in (answer, gold))
     if not (target and truth):
         return False
-    (digits, words), (gold_digits, gold_words) = _left_out(answer, target[-1]), _left_out(gold, truth[-1])
-    if digits != gold_digits or not _same_words(words, gold_words):
+    if _left_out(answer, target[-1]) != _left_out(gold, truth[-1]):
         return False
-    one, other = _as_set(target[0], answer), _as_set(truth[0], gold)
-    equal = bool(verify(other, one, timeout_seconds=None, allow_set_relation_comp=True))
-    if isinstance(one, str) or "%" in answer + gold:
-        return equal
-    if equal or "." not in answer + gold:
-        return equal and _agree(one, other, r"\{" in answer + gold)
-    value = one.evalf(20) if getattr(one, "is_number", False) and one.is_real else None
-    return value is not None and rounds_to(Decimal(str(value)), gold)
+    if not _same_words(_words(answer, target[-1]), _words(gold, truth[-1])):
+        return False
+    one, other = read = target[0], truth[0]
+    joints = [{*re.findall(r"\b(?:or|and)\b", text)} for text in (answer, gold)]
+    sets = [_as_set(*pair) for pair in zip(read, joints, strict=True)]
+    lists = sets[1] is other or (sets[0] is one and joints[0] in (joints[1], set()))  # "and" is not "or"
+    exact = "%" not in answer + gold
+    for x, y in [sets, read][: 1 + lists]:
+        if verify(y, x, timeout_seconds=None, allow_set_relation_comp=True):
+            return not exact or _agree(x, y, r"\{" in answer + gold) is not False
+    number = "." in answer + gold and exact and getattr(one, "is_number", False) and one.is_real
+    return bool(number) and rounds_to(Decimal(str(one.evalf(20))), gold)
 
 
 # ---- The ground truth ----
 def _prose(text: str) -> int:
-    """Count the words of a text. Letters between two operators are a product: ab + bc has none."""
-    parts = re.split(r"[-+*/=^<>\d]", re.sub(r"\\[A-Za-z]+", " ", FONT.sub(r" \1 ", text)))
-    return sum(count for part in parts if (count := len(re.findall(r"\b[A-Za-z]['a-z]+", part))) > 1)
+    """Count the words of a text up to a condition. Letters between two operators are a product: ab + bc has none."""
+    plain = re.sub(r"\\[A-Za-z]+", " ", FONT.sub(r" \1 ", text))
+    plain = re.sub(r"(?<=.),?\s*\b(?:where|for|with|if|when)\b.*", "", plain)
+    parts = (re.findall(r"\b(?!and\b)[A-Za-z]['a-z]+", part) for part in re.split(r"[-+*/=^<>\d]", plain))
+    return sum(len(words) for words in parts if len(words) > 1)
 
 
 def _read_golds(answers: object) -> tuple[list[str], str]:
@@ -314,10 +337,10 @@ def _read_golds(answers: object) -> tuple[list[str], str]:
             fault = "has nothing to compare with"
         elif TOO_BIG.search(text):
             fault = "is too long or too deeply nested"
-        elif _prose(text) > 5 and (_prose(head := CONDITION.split(text)[0]) or not head):
+        elif _prose(text) > 5 and not CHOICE.fullmatch(FONT.sub(r"\1", text)):
             fault = "is no mathematics, choice or text of at most five words"
         else:
-            golds.append(text)
+            golds += re.split(r"\s*(?:\\text\s*\{\s*OR\s*\}|\bOR\b)\s*", text)
     return golds, fault
 
 
