@@ -57,7 +57,7 @@ SET_OF = re.compile(r"\\\{\s*[a-z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|[
 UNIT = re.compile(r"(?:[\^_]\s*\{?\s*-?|[a-z])\d+")  # its exponent
 CLOCK = re.compile(r"\s*(\d\d?(?:\s*\{?:\}?\s*[0-5]\d)*)([A-Za-z.~\s]*)")  # 3:30 p.m.
 CHOICE = re.compile(r"(?s)\(?([A-J])(?:\)|\.(?=\s)|$)[.:]?\s*((?!.*(?<![A-Za-z\\])[A-J](?![A-Za-z])).*)")  # (C) 42
-IDLE = {"and", "or", "the", "a", "an", "is", "are", "of", "about", "square", "sq", "cubic", "unit", "units", "degrees"}
+IDLE = {"and", "or", "the", "a", "an", "is", "are", "of", "e", "square", "sq", "cubic", "unit", "units", "degrees"}
 SYMBOLS = str.maketrans({"−": "-", "–": "-", "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "÷": r"\div ",
     "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "°": r"^\circ ", "∪": r"\cup ", "∩": r"\cap ",
     "∈": r"\in ", "∅": r"\emptyset ", "±": r"\pm ", "√": r"\sqrt ", "π": r"\pi ", "′": "'", "ℝ": r"\mathbb{R}",
@@ -202,11 +202,10 @@ def same_text(answer: str, gold: str) -> bool | None:
     """
     if _canonical(answer) == _canonical(gold):
         return True
-    times = [CLOCK.fullmatch(FONT.sub(r"\1", text)) for text in (answer, gold)]
-    if times[0] and times[1] and ":" in answer + gold:  # else math-verify's ratio
-        (clock, rest), (gold_clock, gold_rest) = (time.groups() for time in times if time)
-        hours, gold_hours = ([*map(int, re.findall(r"\d+", x)), 0, 0][:3] for x in (clock, gold_clock))
-        return hours == gold_hours and _same_words(_words(rest), _words(gold_rest))
+    clock, gold_clock = (CLOCK.fullmatch(FONT.sub(r"\1", text)) for text in (answer, gold))
+    if clock and gold_clock and ":" in answer + gold:  # else math-verify's ratio
+        hours = [[*map(int, re.findall(r"\d+", match[1])), 0, 0][:3] for match in (clock, gold_clock)]
+        return hours[0] == hours[1] and _same_words(_words(clock[2]), _words(gold_clock[2]))
     value, number = plain_number(answer), plain_number(gold)
     if value is not None and number is not None:
         more_digits = int(value.as_tuple().exponent) < int(number.as_tuple().exponent)
@@ -248,13 +247,12 @@ def _same_words(ones: Sequence[str], others: Sequence[str]) -> bool:
 
 
 def _as_set(parsed: Any, joints: set[str]) -> Any:
-    """Return the set that inequalities in one variable describe, alone or joined by "or" or "and"; all else as it is."""
+    """Return the set that inequalities in one variable describe, perhaps joined by "or" or "and"; all else as it is."""
     import sympy
-    alone = isinstance(parsed, sympy.And) and not parsed.atoms(sympy.Eq)
-    parts = [parsed] if alone else parsed.args if isinstance(parsed, sympy.FiniteSet) and len(joints) == 1 else ()
-    relations = all(isinstance(x, sympy.Rel | sympy.And) for x in parts) and not all(isinstance(x, sympy.Eq) for x in parts)
+    chain = [parsed] if isinstance(parsed, sympy.And) and not parsed.atoms(sympy.Eq) else []
+    parts = parsed.args if isinstance(parsed, sympy.FiniteSet) and len(joints) == 1 else chain
     with suppress(NotImplementedError):  # \sin x < 1
-        if relations and len(parsed.free_symbols) == 1:
+        if parts and all(isinstance(x, sympy.Rel | sympy.And) for x in parts) and len(parsed.free_symbols) == 1:
             found = (sympy.Union if "or" in joints else sympy.Intersection)(*(part.as_set() for part in parts))
             return parsed if found.is_empty else found  # p < 1 and p > 3 are two lists
     return parsed
@@ -267,16 +265,15 @@ def _agree(one: Any, other: Any, braces: bool) -> bool | None:
         return None
     one, other = pair = [x.rhs if isinstance(x, sympy.Rel) else x for x in (one, other)]
     if all(isinstance(x, sympy.FiniteSet | sympy.Tuple | sympy.Interval | sympy.MatrixBase) for x in pair):
-        if braces and isinstance(one, sympy.FiniteSet) != isinstance(other, sympy.FiniteSet):
-            return False
         parts = [x.args[:2] if isinstance(x, sympy.Interval) else getattr(x, "args", x) for x in pair]
         found = [{_agree(x, y, braces) for y in parts[1]} for x in parts[0]]
-        return all(True in verdicts or False not in verdicts for verdicts in found)
-    if not all(isinstance(x, sympy.Expr) for x in pair) or one.free_symbols != other.free_symbols:
-        return None
+        mixed = braces and isinstance(one, sympy.FiniteSet) != isinstance(other, sympy.FiniteSet)
+        return not mixed and all(True in verdicts or False not in verdicts for verdicts in found)
+    if not all(isinstance(x, sympy.Expr) for x in pair) or one == other or one.free_symbols != other.free_symbols:
+        return one == other or None
     tolerance = sympy.Rational(1, 10_000 if one.has(sympy.Float) or other.has(sympy.Float) else 10**40)
     at = {symbol: sympy.Rational(17 + 10 * i, 10) for i, symbol in enumerate(sorted(one.free_symbols, key=str))}
-    one, other = [x.evalf(60, subs=at) if at else x.doit() for x in pair]
+    one, other = (x.evalf(60, subs=at) if at else x.doit() for x in pair)
     with suppress(TypeError, ValueError, ArithmeticError):  # no number
         gap = one - other
         return bool(gap == 0) if gap.is_Rational else not abs(gap.evalf()) > tolerance * abs(other.evalf())
@@ -294,18 +291,16 @@ def same_mathematics(answer: str, gold: str) -> bool:
     answer, gold = (re.sub(r"^0?\.5$", "0.50", text) for text in (answer, gold))  # 0.5 would be read as \frac{1}{2}
     # In a box: bare text goes by worse rules. Only LaTeX: bare arithmetic ends in eval. A time-out would be a False.
     target, truth = (parse(rf"\boxed{{{t}}}", [LatexExtractionConfig()], parsing_timeout=None) for t in (answer, gold))
-    if not (target and truth):
-        return False
-    if _left_out(answer, target[-1]) != _left_out(gold, truth[-1]):
+    if not (target and truth) or _left_out(answer, target[-1]) != _left_out(gold, truth[-1]):
         return False
     if not _same_words(_words(answer, target[-1]), _words(gold, truth[-1])):
         return False
-    one, other = read = target[0], truth[0]
+    one, other = read = [target[0], truth[0]]
     joints = [{*re.findall(r"\b(?:or|and)\b", text)} for text in (answer, gold)]
     sets = [_as_set(*pair) for pair in zip(read, joints, strict=True)]
     lists = sets[1] is other or (sets[0] is one and joints[0] in (joints[1], set()))  # "and" is not "or"
     exact = "%" not in answer + gold
-    for x, y in [sets, read][: 1 + lists]:
+    for x, y in [sets, read][: 1 + (lists and sets != read)]:
         if verify(y, x, timeout_seconds=None, allow_set_relation_comp=True):
             return not exact or _agree(x, y, r"\{" in answer + gold) is not False
     number = "." in answer + gold and exact and getattr(one, "is_number", False) and one.is_real
@@ -340,7 +335,7 @@ def _read_golds(answers: object) -> tuple[list[str], str]:
         elif _prose(text) > 5 and not CHOICE.fullmatch(FONT.sub(r"\1", text)):
             fault = "is no mathematics, choice or text of at most five words"
         else:
-            golds += re.split(r"\s*(?:\\text\s*\{\s*OR\s*\}|\bOR\b)\s*", text)
+            golds += re.split(r"\s*\\text\s*\{\s*OR\s*\}\s*", text)
     return golds, fault
 
 
