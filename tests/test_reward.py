@@ -29,6 +29,7 @@ from reward import (
 REPOSITORY = Path(__file__).parents[1]
 ASSETS = REPOSITORY.parent / "shared" / "assets"
 TOWER = "9^{9^{9^9}} + x"
+VERDICTS = [json.loads(line) for line in (REPOSITORY / "tests" / "verdicts.jsonl").read_text("utf-8").splitlines()]
 
 
 def boxed(answer: str) -> str:
@@ -229,6 +230,21 @@ def test_unequal_numbers_need_no_worker(answer: str, gold: Any) -> None:
 def test_math_verify_decides_the_rest(pool: RewardPool, answer: str, gold: Any, right: bool) -> None:
     expected = Grade(1.0, "correct") if right else Grade(0.0, "wrong")
     assert pool.grade([(boxed(answer), gold, False)]) == [expected]
+
+
+@pytest.mark.parametrize("kind", sorted({row["kind"] for row in VERDICTS}))
+def test_verdicts(pool_without_think: RewardPool, kind: str) -> None:
+    rows = [row for row in VERDICTS if row["kind"] == kind]
+    grades = pool_without_think.grade([(row["response"], row["answer"], False) for row in rows])
+    assert [row for row, graded in zip(rows, grades, strict=True) if (graded.reward == 1) != row["right"]] == []
+
+
+def test_the_cases_of_users_of_other_trainers(pool_without_think: RewardPool) -> None:
+    if not (path := ASSETS.parent / "cases" / "grader.jsonl").exists():
+        pytest.skip(f"no {path.name} beside the repository")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    grades = pool_without_think.grade([(row["response"], row["answer"], False) for row in rows])
+    assert [row for row, graded in zip(rows, grades, strict=True) if (graded.reward == 1) != row["expected"]] == []
 
 
 def test_a_bare_gold_in_any_form_equals_itself(pool: RewardPool) -> None:
