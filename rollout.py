@@ -34,7 +34,6 @@ import torch
 import torch.distributed as dist
 from jinja2 import TemplateError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache,
@@ -525,13 +524,6 @@ def check_space(policy: nn.Module, config: Config, folder: Path) -> None:
     if need > free:
         raise UserError(f"run_dir is {folder}: {count} checkpoints take {need:,.3f} GB, and {free:,.3f} GB are free: "
                         "make room, lower --keep-checkpoints, or give another --run-dir")
-
-
-def check_saved(policy: nn.Module, folder: Path) -> None:
-    """Raise a UserError unless all weights that train can be read from a folder's files."""
-    saved = sum(tensor.numel() for path in folder.glob("*.safetensors") for tensor in load_file(path).values())
-    if saved < (trained := sum(p.numel() for p in policy.parameters() if p.requires_grad)):
-        raise UserError(f"{trained:,} weights train, and only {saved:,} are in its files")
 
 
 def kv_cache_bytes(config: PretrainedConfig, settings: Common, max_tokens: int, policy: nn.Module | None = None) -> int:

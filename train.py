@@ -39,6 +39,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
@@ -55,7 +56,7 @@ from polaris_mini import (
 from reward import RewardError, RewardPool, check_answer
 from rollout import (
     Engine, Evaluation, HFEngine, ProbeCurves, Sampling, VLLMEngine, autocast, base_model, causal_lm, check_model,
-    check_saved, check_space, gather, load_policy, load_tokenizer, one_line, rank, rank_count, resolve_device,
+    check_space, gather, load_policy, load_tokenizer, one_line, rank, rank_count, resolve_device,
     resolve_dtype, sample_groups, set_rewards, start_ranks, uses_vllm,
 )
 
@@ -617,9 +618,11 @@ def save_checkpoint(run: Run) -> None:
                 # in the old format, whose error says what the disk said
                 torch.save(tensors, unfinished / "optimizer.pt", _use_new_zipfile_serialization=False)
                 data.append_lines(unfinished / "sink.jsonl", map(asdict, run.sink.changes.values()))
-                if run.state.step == 0:
+                if run.state.step == 0:  # before a run spends time it reads back what it will need
                     read_checkpoint(unfinished)
-                    check_saved(run.policy, unfinished)
+                    saved = sum(x.numel() for f in unfinished.glob("*.safetensors") for x in load_file(f).values())
+                    if saved < (trained := sum(p.numel() for p in run.policy.parameters() if p.requires_grad)):
+                        raise UserError(f"{trained:,} weights train, and only {saved:,} are in its files")
         except Exception as error:  # each library has its own
             raise UserError(f"{folder}: cannot be saved ({one_line(error)}); mend that, then --resume {run.folder}"
                             ) from error
@@ -763,12 +766,11 @@ def rollout_lines(run: Run, groups: Sequence[Group], batch: Sequence[Group]) -> 
         in_batch = trained.get(group.problem.id, replace(group, places=0))
         places = {id(rollout): in_batch.places for rollout in in_batch.rollouts}  # not of a rollout that was replaced
         for rollout in [*group.rollouts, *(rollout for rollout in in_batch.rollouts if rollout.rescued)]:
-            lines.append({
-                "step": run.state.step, "id": group.problem.id, "problem": group.problem.text,
-                "response": rollout.text, "answer": group.problem.answers, "reward": rollout.reward,
-                "reason": rollout.reason, "tokens": len(rollout.response_tokens), "truncated": rollout.truncated,
-                "advantage": rollout.advantage, "weight": places.get(id(rollout), 0), "rescued": rollout.rescued,
-            })
+            lines.append({"step": run.state.step, "id": group.problem.id, "problem": group.problem.text,
+                          "response": rollout.text, "answer": group.problem.answers, "reward": rollout.reward,
+                          "reason": rollout.reason, "tokens": len(rollout.response_tokens),
+                          "truncated": rollout.truncated, "advantage": rollout.advantage,
+                          "weight": places.get(id(rollout), 0), "rescued": rollout.rescued})
             if group is groups[0]:
                 texts = run.tokenizer.batch_decode([[token] for token in rollout.response_tokens])
                 lines[-1]["pieces"] = [*zip(texts, (round(x, 3) for x in rollout.sampler_logprobs), strict=True)]
