@@ -19,6 +19,8 @@ import json
 import math
 import os
 import random
+import re
+import shutil
 import statistics
 import warnings
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
@@ -30,11 +32,13 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache,
                           PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase)
+from transformers.utils import cached_file
 
 from data import append_lines, read_lines
 from polaris_mini import (Common, Config, Group, Problem, Rollout, UserError,
@@ -44,13 +48,17 @@ from reward import Grade, RewardPool
 # ------------------------------------------------------- models, devices, ranks
 
 def load_tokenizer(name: str, settings: Common) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder or the hub. Raises: UserError if there is none, or if it has no eos_token."""
+    """Load a tokenizer from a folder or the hub. Raises: UserError if there is none, or one that cannot be used."""
+    source = name if (Path(name) / "tokenizer_config.json").is_file() else base_model(name)  # an adapter may lack one
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"model is {name}: its tokenizer does not load ({one_line(error)})") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"model is {name}: its tokenizer has no eos_token, so no response could end; set one")
+    if isinstance(named := tokenizer.chat_template, dict) and "default" not in named:
+        raise UserError(f"model is {name}: its chat templates are {', '.join(sorted(named))}, and none is default: "
+                        "copy one to chat_template.jinja in its folder")
     return tokenizer
 
 
@@ -79,7 +87,31 @@ def load_model(name: str, settings: Common, dtype: torch.dtype, *, rope: Mapping
             model = PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"model is {name}: it does not load ({one_line(error)})") from error
+    try:
+        if model.can_generate():
+            model.generation_config.validate(strict=True)
+    except ValueError as error:  # transformers has read what it would not write: sample if it says how, drop the rest
+        greedy = model.generation_config.temperature == 0
+        for setting, reason in re.findall(r"^- `(\w+)`: (.*)", str(error), re.MULTILINE):
+            sampling = "do_sample" in reason and not greedy
+            setattr(model.generation_config, "do_sample" if sampling else setting, sampling or None)
     return model if four_bits else model.to(device)  # type: ignore[arg-type]
+
+
+def check_model(name: str, tokenizer: PreTrainedTokenizerBase, settings: Common, max_tokens: int) -> None:
+    """See before its weights are loaded whether a model has all tokens, and as many positions, as it will be given."""
+    base = base_model(name)
+    try:
+        text = AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code).get_text_config()
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model is {name}: it does not load ({one_line(error)})") from error
+    tokens, positions = max(tokenizer.get_vocab().values()) + 1, getattr(text, "max_position_embeddings", math.inf)
+    if tokens > text.vocab_size:
+        raise UserError(f"model is {name}: its tokenizer has {tokens} tokens, its embedding {text.vocab_size} rows: "
+                        "take the tokenizer that it was trained with, or resize and train the embedding first")
+    if max_tokens > positions and not getattr(text, "rope_parameters", None):  # a table of them, which has an end
+        raise UserError(f"model is {name}: it has {positions} positions, prompt and response up to {max_tokens} "
+                        "tokens: lower --max-response-tokens, or --max-prompt-tokens with --skip-bad-rows")
 
 
 def one_line(error: BaseException) -> str:
@@ -87,9 +119,18 @@ def one_line(error: BaseException) -> str:
 
 
 def base_model(name: str) -> str:
-    """Return the model that the LoRA adapter of this name belongs to; any other model as it is."""
+    """Return the base of the LoRA adapter of this name, sought here and in the folders above; any other model as is."""
     adapter = Path(name).expanduser() / "adapter_config.json"
-    return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else name
+    if not adapter.is_file():
+        return name
+    base = str(json.loads(adapter.read_text()).get("base_model_name_or_path"))
+    base = next((str(up / base) for up in (Path.cwd(), *adapter.absolute().parents) if (up / base).is_dir()), base)
+    try:
+        cached_file(base, "config.json")
+    except OSError as error:
+        raise UserError(f"model is {name}: the base of this adapter, {base}, is no folder, here or above it, and not "
+                        f"on the hub: write where it is into {adapter}") from error
+    return base
 
 
 def causal_lm(policy: nn.Module) -> PreTrainedModel:
@@ -164,6 +205,8 @@ def prepare_policy(model: PreTrainedModel, config: Config, checkpoint: Path | No
                               lora_dropout=0.0, task_type="CAUSAL_LM")  # fmt: skip
         policy = (get_peft_model(model, settings) if checkpoint is None
                   else PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True))
+        base = Path(config.model)  # a checkpoint names it as it is seen from any folder
+        policy.peft_config["default"].base_model_name_or_path = str(base.absolute() if base.is_dir() else base)
     model.set_attn_implementation("packed")
     for module in policy.modules():
         if isinstance(module, nn.Dropout):  # the trainer's log-probs must be the sampler's
@@ -329,8 +372,13 @@ def _truncate(logprobs: Tensor, sampling: Sampling) -> Tensor:
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, listed: int | list[int] | None) -> list[int]:
-    """Return the tokens that end a response: the tokenizer's, and those that the model's generation settings list."""
-    return sorted({tokenizer.eos_token_id, *([listed] if isinstance(listed, int) else listed or [])})
+    """Return the tokens that end a response: the tokenizer's, those listed by the model, and the chat template's."""
+    turns, after = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "MARK"}], ""
+    with contextlib.suppress(TemplateError, ValueError, TypeError):  # a template may take no such conversation
+        after = str(tokenizer.apply_chat_template(turns, tokenize=False)).partition("MARK")[2]
+    tokens = tokenizer(after, add_special_tokens=False)["input_ids"]
+    ends = [token for token in tokens if token in tokenizer.added_tokens_decoder][:1]
+    return sorted({tokenizer.eos_token_id, *ends, *([listed] if isinstance(listed, int) else listed or [])})
 
 
 class VLLMEngine:
@@ -471,6 +519,18 @@ def optimizer_bytes(policy: nn.Module, config: Config) -> int:
     return trained * {"adamw": 8, "adamw8bit": 2}.get(config.optimizer, 0)
 
 
+def check_space(policy: nn.Module, config: Config, folder: Path) -> None:
+    """Raise a UserError if a run's checkpoints do not fit on its disk: a new one comes before an old one goes."""
+    trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    each = trained * (4 + (0 if config.optimizer == "sgd" else 2 if "8bit" in config.optimizer else 8))
+    count = min(config.keep_checkpoints, -(-config.total_steps // config.checkpoint_every)) + 1
+    held = sum(path.stat().st_size for path in folder.glob("checkpoints/*/*") if path.is_file())
+    need, free = count * each / 1e9, (held + shutil.disk_usage(folder).free) / 1e9
+    if need > free:
+        raise UserError(f"run_dir is {folder}: {count} checkpoints take {need:,.3f} GB, and {free:,.3f} GB are free: "
+                        "make room, lower --keep-checkpoints, or give another --run-dir")
+
+
 def kv_cache_bytes(config: PretrainedConfig, settings: Common, max_tokens: int, policy: nn.Module | None = None) -> int:
     """Give vLLM's cache what all sequences need, or else what memory is left. Raises: UserError if not one fits."""
     device = resolve_device(settings.device)
@@ -564,10 +624,10 @@ class Evaluation:
         correct = [sum(rollout.correct for rollout in group.rollouts) for group in groups]
         average, interval = mean_and_interval([group.pass_rate for group in groups])
         return cls(len(groups), k, average, interval,
-                   pass_at_k=[statistics.fmean(pass_at_k(c, k, tries) for c in correct) for tries in range(1, k + 1)],
-                   tokens_mean=statistics.fmean(len(rollout.response_tokens) for rollout in rollouts),
-                   truncated=statistics.fmean(rollout.truncated for rollout in rollouts),
-                   distinct_4=mean_distinct_n([r.text for r in group.rollouts] for group in groups))  # fmt: skip
+                   [statistics.fmean(pass_at_k(c, k, tries) for c in correct) for tries in range(1, k + 1)],
+                   statistics.fmean(len(rollout.response_tokens) for rollout in rollouts),
+                   statistics.fmean(rollout.truncated for rollout in rollouts),
+                   mean_distinct_n([r.text for r in group.rollouts] for group in groups))  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
@@ -54,9 +55,9 @@ from polaris_mini import (
 )
 from reward import RewardError, RewardPool, check_answer
 from rollout import (
-    Engine, Evaluation, HFEngine, ProbeCurves, Sampling, VLLMEngine, autocast, base_model, causal_lm, gather,
-    load_policy, load_tokenizer, one_line, rank, rank_count, resolve_device, resolve_dtype, sample_groups, set_rewards,
-    start_ranks, uses_vllm,
+    Engine, Evaluation, HFEngine, ProbeCurves, Sampling, VLLMEngine, autocast, base_model, causal_lm, check_model,
+    check_space, gather, load_policy, load_tokenizer, one_line, rank, rank_count, resolve_device,
+    resolve_dtype, sample_groups, set_rewards, start_ranks, uses_vllm,
 )
 
 # ---------------------------------------------------------------------------- the loop
@@ -64,6 +65,8 @@ from rollout import (
 def train(run: Run, stop: StopSignal) -> None:
     """Run every step that is still to do."""
     config, state, metrics = run.config, run.state, {"time/save": 0.0}
+    if state.step == 0:  # a run that cannot be saved ends here
+        save_checkpoint(run)
     evaluate_policy(run, stop)
 
     # 0. STAGE           temperature and length grow; mastered problems leave
@@ -229,8 +232,7 @@ def choose_temperature(run: Run, stage: Stage, stop: StopSignal) -> float:
 def evaluate_policy(run: Run, stop: StopSignal) -> None:
     """Measure the held-out pass rate after the steps that ask for it, unless that is in the log already."""
     config, state, log = run.config, run.state, run.folder / "evaluations.jsonl"
-    regular = config.eval_every > 0 and state.step % config.eval_every == 0
-    due = config.eval_every >= 0 and (state.step == 0 or regular or is_over(config, state))
+    due = config.eval_every >= 0 and (state.step % (config.eval_every or math.inf) == 0 or is_over(config, state))
     if not due or any(line["step"] == state.step for line in data.read_lines(log)):
         return
     first = config.schedule[0].temperature
@@ -274,10 +276,8 @@ def update_policy(run: Run, batch: Sequence[Group]) -> dict[str, float | None]:
             sums.append(row_sums(row, loss, *of_tokens))
         norms.append(apply_gradient(run.policy, run.optimizer, run.scaler, config.max_grad_norm))
     forwarded = sum(row_tokens(rollout) * group.places for group in batch for rollout in group.rollouts)
-    return update_metrics(sums, norms) | {
-        "optim/lr": config.lr,
-        "tokens/update_release": 2 * forwarded if shares else 0,  # once for the old log-probs, once for the loss
-    }
+    release = 2 * forwarded if shares else 0  # once for the old log-probs, once for the loss
+    return update_metrics(sums, norms) | {"optim/lr": config.lr, "tokens/update_release": release}
 
 
 def pack_share(groups: Sequence[Group], config: Config) -> list[Row] | None:
@@ -328,12 +328,10 @@ def update_metrics(sums: Sequence[dict[str, float]], norms: Sequence[float]) -> 
         "policy/loss": total["loss"] / max(1, len(norms)),
         "policy/entropy": total["entropy"] / total["tokens"],
         "policy/clip_fraction": total["clipped"] / total["tokens"],
-        "mismatch/kl": total["kl"] / sampled,
-        "mismatch/ratio_mean": total["ratio"] / sampled,
+        "mismatch/kl": total["kl"] / sampled, "mismatch/ratio_mean": total["ratio"] / sampled,
         "mismatch/ratio_max": max((row["largest"] for row in rows), default=math.nan),
-        "mismatch/cut": total["cut"] / sampled,
-        "optim/grad_norm": sum(norms) / len(norms) if norms else math.nan,
-    }
+        "mismatch/cut": total["cut"] / sampled, "optim/grad_norm": sum(norms) / len(norms) if norms else math.nan,
+    }  # fmt: skip
     finite = {name: value if math.isfinite(value) else None for name, value in means.items()}
     return finite | {"optim/skipped": sum(not math.isfinite(norm) for norm in norms),
                      "tokens/update": sum(row["forwarded"] for row in rows)}  # fmt: skip
@@ -423,8 +421,7 @@ def make_row(content: Sequence[tuple[Rollout, float]]) -> Row:
 
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float,
-    row: Row | None = None, kind: str = "auto", **others: object,
-) -> tuple[Tensor, None]:
+    row: Row | None = None, kind: str = "auto", **others: object) -> tuple[Tensor, None]:
     """Attend causally inside each sequence of a packed row: (1, heads, N, D) each, returns (1, N, heads, D)."""
     if row is None:
         raise RuntimeError("packed attention was called without a packed row: decode with attention 'sdpa'")
@@ -444,7 +441,6 @@ def packed_attention(
     layout = (bounds, bounds, longest, longest)
     if kind == "flash_attn":
         from flash_attn import flash_attn_varlen_func
-
         return flash_attn_varlen_func(q, k, v, *layout, softmax_scale=scaling, causal=True)[None], None
     output: Any = varlen_attn(q, k, v, *layout, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)
     return output[None], None
@@ -453,9 +449,8 @@ def packed_attention(
 AttentionInterface.register("packed", packed_attention)
 
 
-def forward_row(
-    policy: nn.Module, row: Row, temperature: float, config: Config, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward_row(policy: nn.Module, row: Row, temperature: float, config: Config,
+                scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return a row's loss, (), and log-prob, entropy and clipping of each response token, (M,) each.
 
     Log-probs and entropy are float32, nats, at `temperature`. scale: float16's loss scale.
@@ -466,9 +461,8 @@ def forward_row(
     offload = offloading if config.offload_activations else contextlib.nullcontext()
     # a cache would keep 16-bit copies of all float32 weights until the end of the pass
     with autocast(model.device, compute_dtype, cache=False), offload:
-        hidden = model.base_model(
-            input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False, row=row, kind=config.attention,
-        ).last_hidden_state[0]  # (N, H)
+        hidden = model.base_model(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False, row=row,
+                                  kind=config.attention).last_hidden_state[0]  # (N, H)
     hidden = (hidden if compute_dtype == torch.float32 else hidden.to(compute_dtype))[row.predicting]  # (M, H)
     head = model.get_output_embeddings().weight  # (V, H)
     return ChunkedLoss.apply(hidden, head, row, temperature, scale, config)
@@ -484,9 +478,8 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, row: Row, temperature: float, scale: Tensor | None, config: Config
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, row: Row, temperature: float, scale: Tensor | None,
+                config: Config) -> tuple[Tensor, ...]:
         """hidden: (M, H); head: (V, H). The gradient is multiplied by `scale` before it is cast to 16 bits."""
         trains, trains_head = ctx.needs_input_grad[:2]
         weight = head.detach().to(hidden.dtype)
@@ -546,6 +539,8 @@ def set_up(config: Config) -> Run:
     training, held_out = data.training_and_held_out(config, (lambda answers: None) if config.reward else check_answer)
     tokenizer = load_tokenizer(config.model, config)
     training, held_out = (data.encode_prompts(problems, tokenizer, config) for problems in (training, held_out))
+    longest = max(len(problem.prompt_tokens) for problem in [*training, *held_out]) + config.longest_response
+    check_model(config.model, tokenizer, config, longest)
     sampler = ProblemSampler(training, config.seed)
     pool = RewardPool(config.reward_workers, config.reward_timeout, config.require_think and data.thinks(tokenizer),
                       function=config.reward)  # fmt: skip
@@ -559,7 +554,6 @@ def set_up(config: Config) -> Run:
     check_packing(policy, config)
     optimizer = make_optimizer(policy, config)
     scaler = torch.amp.GradScaler(device.type, enabled=resolve_dtype(config, device) == torch.float16)
-    longest = max(len(problem.prompt_tokens) for problem in [*training, *held_out]) + config.longest_response
     engine = (VLLMEngine(base_model(config.model), tokenizer, config, longest, policy=policy) if uses_vllm(config)
               else HFEngine(policy, tokenizer, config))
     run = Run(config, folder, tokenizer, policy, optimizer, scaler, engine, pool, sampler, Sink(folder / "sink"),
@@ -568,6 +562,7 @@ def set_up(config: Config) -> Run:
         restore(run, saved)
     if rank() == 0:
         begin_logs(run, training)
+        check_space(policy, config, folder)
     gather(None)  # nobody reads the folder before rank 0 has made it
     run.note(f"{config.model} on {rank_count()} x {device}, engine {type(engine).__name__}; {len(training):,} training "
              f"and {len(held_out):,} held-out problems; run folder {folder}")
@@ -582,7 +577,6 @@ def make_optimizer(policy: nn.Module, config: Config) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **settings)
     import bitsandbytes.optim as bnb  # slow to import
-
     kinds = {"adamw8bit": bnb.AdamW8bit, "paged_adamw": bnb.PagedAdamW32bit, "paged_adamw8bit": bnb.PagedAdamW8bit}
     return kinds[config.optimizer](parameters, **settings)
 
@@ -611,17 +605,24 @@ def save_checkpoint(run: Run) -> None:
     """Save a Hugging Face model with the trainer's state beside it, and delete what that makes superfluous."""
     folder = run.folder / "checkpoints" / f"step_{run.state.step:06d}"
     if rank() == 0 and not folder.is_dir():
-        with data.written_whole(folder) as unfinished:
-            run.policy.save_pretrained(unfinished)
-            run.tokenizer.save_pretrained(unfinished)
-            state, optimizer = asdict(run.state) | {"sampler": run.sampler.state_dict()}, run.optimizer.state_dict()
-            (unfinished / "trainer_state.json").write_text(json.dumps(state, default=sorted) + "\n")
-            tensors = {"optimizer": optimizer["state"], "scaler": run.scaler.state_dict()}
-            try:  # in the old format, whose error says what the disk said
+        state, optimizer = asdict(run.state) | {"sampler": run.sampler.state_dict()}, run.optimizer.state_dict()
+        tensors = {"optimizer": optimizer["state"], "scaler": run.scaler.state_dict()}
+        try:
+            with data.written_whole(folder) as unfinished:
+                run.policy.save_pretrained(unfinished)
+                run.tokenizer.save_pretrained(unfinished)
+                (unfinished / "trainer_state.json").write_text(json.dumps(state, default=sorted) + "\n")
+                # in the old format, whose error says what the disk said
                 torch.save(tensors, unfinished / "optimizer.pt", _use_new_zipfile_serialization=False)
-            except RuntimeError as error:
-                raise OSError(f"optimizer.pt: {one_line(error)}") from error
-            data.append_lines(unfinished / "sink.jsonl", map(asdict, run.sink.changes.values()))
+                data.append_lines(unfinished / "sink.jsonl", map(asdict, run.sink.changes.values()))
+                if run.state.step == 0:  # before a run spends time it reads back what it will need
+                    read_checkpoint(unfinished)
+                    saved = sum(x.numel() for f in unfinished.glob("*.safetensors") for x in load_file(f).values())
+                    if saved < (trained := sum(p.numel() for p in run.policy.parameters() if p.requires_grad)):
+                        raise UserError(f"{trained:,} weights train, and only {saved:,} are in its files")
+        except Exception as error:  # each library has its own
+            raise UserError(f"{folder}: cannot be saved ({one_line(error)}); mend that, then --resume {run.folder}"
+                            ) from error
     if rank() == 0:  # also where a kill came between saving and this
         for path in sorted(folder.parent.glob("step_*"))[: -run.config.keep_checkpoints]:
             data.remove_whole(path)
@@ -681,9 +682,9 @@ def begin_logs(run: Run, problems: Sequence[Problem]) -> None:
     """Make the folder, and cut the logs back to the run's step, as later steps come again."""
     folder, step = run.folder, run.state.step
     config = json.dumps(asdict(replace(run.config, resume=None, run_dir=None)), indent=2) + "\n"
-    if not (folder / "config.json").exists():
-        with data.written_whole(folder) as unfinished:  # never a folder that --resume does not know
-            data.write_whole(unfinished / "config.json", config)
+    if not (folder / "config.json").exists():  # an empty folder, say a disk's, stays: no rename can take its place
+        with data.written_whole(folder) if not folder.exists() else contextlib.nullcontext(folder) as unfinished:
+            data.write_whole(unfinished / "config.json", config)  # never a folder that --resume does not know
     run.log_file = run.log_file or data.open_locked(folder / "log.txt")
     if (folder / "config.json").read_text() != config:
         run.forget_kept()  # of later steps: their policy will be another one
@@ -762,12 +763,11 @@ def rollout_lines(run: Run, groups: Sequence[Group], batch: Sequence[Group]) -> 
         in_batch = trained.get(group.problem.id, replace(group, places=0))
         places = {id(rollout): in_batch.places for rollout in in_batch.rollouts}  # not of a rollout that was replaced
         for rollout in [*group.rollouts, *(rollout for rollout in in_batch.rollouts if rollout.rescued)]:
-            lines.append({
-                "step": run.state.step, "id": group.problem.id, "problem": group.problem.text,
-                "response": rollout.text, "answer": group.problem.answers, "reward": rollout.reward,
-                "reason": rollout.reason, "tokens": len(rollout.response_tokens), "truncated": rollout.truncated,
-                "advantage": rollout.advantage, "weight": places.get(id(rollout), 0), "rescued": rollout.rescued,
-            })
+            lines.append({"step": run.state.step, "id": group.problem.id, "problem": group.problem.text,
+                          "response": rollout.text, "answer": group.problem.answers, "reward": rollout.reward,
+                          "reason": rollout.reason, "tokens": len(rollout.response_tokens),
+                          "truncated": rollout.truncated, "advantage": rollout.advantage,
+                          "weight": places.get(id(rollout), 0), "rescued": rollout.rescued})
             if group is groups[0]:
                 texts = run.tokenizer.batch_decode([[token] for token in rollout.response_tokens])
                 lines[-1]["pieces"] = [*zip(texts, (round(x, 3) for x in rollout.sampler_logprobs), strict=True)]

@@ -49,6 +49,11 @@ FILES = {
     "pickled/config.json": "{}", "pickled/pytorch_model.bin": "", "pickled/tokenizer.json": "{}",
     "own_code/config.json": '{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}',
     "own_code/mine.py": "raise SystemExit('this code ran')\n", "own_code/model.safetensors": "",
+    "learned/config.json": '{"model_type": "gpt2", "n_positions": 64, "vocab_size": 50}',
+    "few_rows/config.json": '{"model_type": "qwen3", "vocab_size": 9}',
+    "named/config.json": "{}", "named/additional_chat_templates/a.jinja": "",
+    "named/additional_chat_templates/b.jinja": "",
+    "adapter/adapter_config.json": '{"base_model_name_or_path": "./no_base"}',
     "damaged_run/config.json": '{"lr": ',
     "other_run/config.json": '{"learning_rate": 1, "stages": []}',
     "no_function.py": "score = 5\n", "wrong.py": "import nothing_of_that_name\n",
@@ -85,6 +90,10 @@ CASES = {  # what our own modules say, in one line
         (f"{REAL} --model own_code", "model is own_code: it does not load"),
         (f"{REAL} --model own_code", "trust_remote_code"),
         (f"{REAL} --model pickled", "model is pickled: it does not load"),
+        (f"{REAL} --model learned --prompt-suffix= --max-response-tokens 64", "model is learned: it has 64 positions"),
+        (f"{REAL} --model few_rows", "its embedding 9 rows"),
+        (f"{REAL} --model named", "model is named: its chat templates are a, b, and none is default"),
+        (f"{REAL} --model adapter", "model is adapter: the base of this adapter, ./no_base, is no folder"),
         # rewards
         ("--reward nowhere:score", "reward is nowhere:score: ModuleNotFoundError: No module named 'nowhere'"),
         ("--reward no_function", "reward is no_function: "), ("--reward wrong:score", "nothing_of_that_name"),
@@ -124,6 +133,11 @@ CASES = {  # what our own modules say, in one line
         (f"eval {PROBLEMS} no.jsonl", "no.jsonl: cannot be read"),
         (f"eval {PROBLEMS} --out sums.jsonl", "sums.jsonl is no folder: give another --out"),
         ("eval --model config_only --data sums.jsonl", "model is config_only: its tokenizer does not load"),
+        (f"eval {PROBLEMS} --model learned --prompt-suffix=", "model is learned: it has 64 positions"),
+        (f"eval {PROBLEMS} --model few_rows", "model is few_rows: its tokenizer has"),
+        (f"eval {PROBLEMS} --model learned --prompt-suffix= --max-response-tokens 8 --yarn-factor 2",
+         "yarn_factor is 2: learned (gpt2) has no rotary positions"),
+        (f"measure {PROBLEMS} --model adapter", "model is adapter: the base of this adapter, ./no_base, is no folder"),
         (f"probe {PROBLEMS} --temperatures 1:0.2:0.2", "temperatures is 1:0.2:0.2: give START:END:STEP"),
         (f"probe {PROBLEMS} --temperatures 0.6,warm", "temperatures is 0.6,warm: give START:END:STEP"),
         (f"measure {PROBLEMS} --out .", "Is a directory"),  # as the operating system says it
@@ -225,7 +239,7 @@ def world(tmp_path_factory) -> Path:
     for name, text in FILES.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
-    for name in ("pickled", "own_code"):
+    for name in ("pickled", "own_code", "learned", "few_rows", "named"):
         for tokenizer in (folder / "model").glob("token*"):
             shutil.copy(tokenizer, folder / name)
     return folder

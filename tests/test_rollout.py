@@ -1,6 +1,7 @@
 """The Hugging Face engine: its log-probs are the trainer's, its seeds hold, its limits too; and the groups it draws."""
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Collection
 from pathlib import Path
@@ -9,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import SIZES, lines, perturb, tiny_model
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import toy
 from data import encode_prompts
 from polaris_mini import Config, Problem, Rollout, UserError
 from reward import RewardPool
 from rollout import (
-    Evaluation, HFEngine, ProbeCurves, Response, Sampling, causal_lm, load_model, load_tokenizer, policy_weights,
-    prepare_policy, sample_groups, set_rewards, uses_vllm,
+    Evaluation, HFEngine, ProbeCurves, Response, Sampling, base_model, causal_lm, check_model, load_model,
+    load_tokenizer, policy_weights, prepare_policy, sample_groups, set_rewards, uses_vllm,
 )
 from train import forward_row, pack
 
@@ -73,6 +74,29 @@ def test_every_stop_token_of_the_generation_config_ends_a_response():
     e.policy.generation_config.eos_token_id = list(range(4, 50))
     e = HFEngine(e.policy, TOKENIZER, Config(rollouts_per_batch=8))
     assert max(len(r.tokens) for r in draw(e, prompts(20), Sampling(1.0, 50, seed=0))) < 15
+
+
+TURN, END = "{% for m in messages %}{{ m.role + m.content", "{% endfor %}"
+
+
+@pytest.mark.parametrize(("template", "ends"), [
+    (TURN + " + ' <|end|>\n' }}" + END, ["<|end|>"]),
+    (TURN + " + '<|user|><|end|>' }}" + END, ["<|user|>"]),
+    ("<|end|>" + TURN + " }}" + END, []), ("{{ '<|end|>' + messages[0].content }}", []), (None, []),
+    ("{{ raise_exception('only one turn') if messages[1:] }}", []), ("{{ messages[0].nothing + 1 }}", []),
+])
+def test_the_token_that_ends_a_turn_in_the_chat_template_ends_a_response(template, ends):
+    """A base model's tokenizer has another end than its chat template."""
+    tokenizer = toy.toy_tokenizer()
+    tokenizer.chat_template, tokenizer.eos_token = template, "<|pad|>"
+    expected = sorted({tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(ends)})
+    model = tiny_model("qwen3", tied=True)
+    model.generation_config.eos_token_id = None
+    e = HFEngine(model, tokenizer, Config(rollouts_per_batch=8))
+    assert e.stop_tokens.tolist() == expected
+    for response in draw(e, prompts(20), Sampling(1.0, 30, seed=0)):
+        assert not set(response.tokens[:-1]) & set(expected)
+        assert (response.tokens[-1] in expected) == (response.finish_reason == "stop")
 
 
 def test_a_seed_repeats_and_another_does_not():
@@ -274,6 +298,67 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has no eos_token"):
         load_tokenizer(str(tmp_path), Config())
+
+
+SMALL: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(("kind", "positions"), [
+    ("gpt2", 64), ("opt", 64), ("gpt_neo", 64), ("gpt_bigcode", 64), ("biogpt", 64),
+    ("qwen2", None), ("llama", None), ("phi", None), ("gpt_neox", None), ("falcon", None), ("bloom", None),
+])
+def test_only_a_learned_table_of_positions_has_an_end(tmp_path, kind, positions):
+    named = {} if kind == "bloom" else {"max_position_embeddings": 64}
+    layers = {"attention_types": [[["global", "local"], 1]], "num_layers": 2} if kind == "gpt_neo" else {}
+    AutoConfig.for_model(kind, **SMALL | named | layers).save_pretrained(tmp_path)
+    check_model(str(tmp_path), TOKENIZER, Config(), 64)
+    if positions is None:
+        check_model(str(tmp_path), TOKENIZER, Config(), 10_000)
+    else:
+        with pytest.raises(UserError, match=f"it has {positions} positions, prompt and response up to 65 tokens"):
+            check_model(str(tmp_path), TOKENIZER, Config(), 65)
+
+
+def test_a_token_without_a_row_in_the_embedding_is_an_error(tmp_path):
+    tokenizer = toy.toy_tokenizer()
+    AutoConfig.for_model("qwen2", **SMALL | {"vocab_size": len(tokenizer)}).save_pretrained(tmp_path)
+    check_model(str(tmp_path), tokenizer, Config(), 10)
+    tokenizer.add_tokens(["<answer>"])
+    with pytest.raises(UserError, match=f"has {len(tokenizer)} tokens, its embedding {len(tokenizer) - 1} rows"):
+        check_model(str(tmp_path), tokenizer, Config(), 10)
+
+
+@pytest.mark.parametrize(("settings", "mended"), [
+    ({"do_sample": False, "temperature": 0.6, "top_p": 0.9, "top_k": 20},
+     {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20}),
+    ({"min_p": 0.1}, {"do_sample": True, "min_p": 0.1}),
+    ({"do_sample": False, "temperature": 0.0, "top_p": 0.9}, {"do_sample": False}),
+    ({"early_stopping": True, "length_penalty": 2.0, "output_scores": True}, {}),
+    ({"early_stopping": True, "num_beams": 4}, {"early_stopping": True, "num_beams": 4}),
+    ({"temperature": 0.6, "output_logits": True, "pad_token_id": -1}, {"do_sample": True, "temperature": 0.6}),
+])
+def test_settings_of_generation_that_transformers_would_not_write_are_mended(tmp_path, settings, mended):
+    tiny_model("qwen3", tied=True).save_pretrained(tmp_path)
+    ids = {"eos_token_id": 3}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings | ids))
+    load_model(str(tmp_path), Config(device="cpu"), torch.float32).save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    del saved["transformers_version"]
+    assert saved == mended | ids
+
+
+def test_the_base_of_an_adapter_is_found_from_any_folder_or_named(tmp_path, monkeypatch):
+    adapter = tmp_path / "work" / "runs" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "models/base"}')
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=rf"model is {adapter}: the base of this adapter, models/base, is no folder"):
+        base_model(str(adapter))
+    for place in ("work", "elsewhere"):  # above the adapter; then here, which comes first
+        tiny_model("qwen3", tied=True).save_pretrained(tmp_path / place / "models" / "base")
+        monkeypatch.chdir(tmp_path / "elsewhere" if place == "elsewhere" else tmp_path)
+        assert base_model(str(adapter)) == str(tmp_path / place / "models" / "base")
+    assert base_model("models/base") == "models/base"
 
 
 def yarn_config(factor: float, original: int, scale: float = 1.0) -> dict[str, Any]:

@@ -13,15 +13,15 @@ from conftest import even_sums, lines
 from fast_start import ROOT
 from safetensors.torch import load_file
 from soak import COIN, MEASURED
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import evaluate
 import report
 import toy
 import train
 from data import UserError
-from polaris_mini import PRESETS, Common, Problem
-from rollout import load_model
+from polaris_mini import PRESETS, Common, Config, Problem
+from rollout import load_model, prepare_policy
 
 SMALL = ["--prompts-per-step", "8", "--group-size", "4", "--eval-problems", "8", "--eval-rollouts", "2",
          "--reward-workers", "1"]
@@ -199,6 +199,74 @@ def test_log_lines_after_the_checkpoint_come_again(finished, copy):
     assert_same_run(finished, copy)
 
 
+# ------------------------------------------------------------------- the first checkpoint
+
+
+def test_a_run_is_saved_before_anything_is_drawn_and_goes_on_from_there(finished, sums, monkeypatch, tmp_path):
+    """Killed at its first evaluation, some of whose groups are kept."""
+    run = tmp_path / "run"
+
+    def killed(*given, **named):
+        real(*given, **named)
+        assert (run / "checkpoints" / "step_000000" / "model.safetensors").exists()
+        raise SystemExit("as if killed")
+
+    real = train.sample_groups
+    monkeypatch.setattr(train, "sample_groups", killed)
+    with pytest.raises(SystemExit):
+        start(*SHORT, "--data", sums, "--steps", STEPS, "--eval-every", 2, "--checkpoint-every", 2, "--run-dir", run)
+    monkeypatch.undo()
+    (kept,) = (run / "kept").iterdir()
+    assert len(lines(kept)) == 8
+    drawn = []
+    monkeypatch.setattr(train, "sample_groups", lambda *given: drawn.append(kept.exists()) or real(*given))
+    start("--resume", run)
+    assert drawn[0]
+    assert_same_run(finished, run)
+
+
+def test_a_model_that_cannot_be_saved_ends_the_run_before_anything_is_drawn(sums, monkeypatch, tmp_path):
+    """Half of the weights are missing in the file; or the files cannot be written."""
+    run = tmp_path / "run"
+    real = PreTrainedModel.save_pretrained
+    half = {name: value for name, value in AutoModelForCausalLM.from_pretrained(
+        PRESETS["toy"].model).state_dict().items() if "layers.0" in name}
+    options = [*SHORT, "--data", sums, "--steps", 1, "--run-dir", run]
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda self, place: real(self, place, state_dict=half))
+    with pytest.raises(UserError, match=r"step_000000: cannot be saved \(.* weights train, and only"):
+        start(*options)
+    monkeypatch.undo()
+    (run / "checkpoints").rmdir()
+    (run / "checkpoints").touch()
+    with pytest.raises(UserError, match=r"step_000000: cannot be saved \(.*Not a directory"):
+        start("--resume", run)
+    (run / "checkpoints").unlink()
+    assert not (run / "kept").exists()
+    start("--resume", run)
+    assert steps_of(run) == [0, 1]
+
+
+@pytest.mark.parametrize(("options", "bytes_per_weight"), [
+    ([], 12), (["--optimizer", "paged_adamw8bit"], 6), (["--optimizer", "sgd"], 4), (["--lora-rank", 4], 12)])
+def test_checkpoints_that_will_not_fit_on_the_disk_are_an_error(sums, tmp_path, options, bytes_per_weight):
+    model = AutoModelForCausalLM.from_pretrained(PRESETS["toy"].model)
+    weights = sum(p.numel() for p in prepare_policy(model, Config(lora_rank=4 if "--lora-rank" in options else 0)
+                                                    ).parameters() if p.requires_grad)
+    with pytest.raises(UserError, match=r"checkpoints take .* are free: make room, lower --keep-checkpoints") as error:
+        start(*SHORT, "--data", sums, "--steps", 10**9, "--checkpoint-every", 1, "--keep-checkpoints", 10**8, *options,
+              "--run-dir", tmp_path / "run")
+    need = float(re.search(r"take ([\d,.]+) GB", str(error.value))[1].replace(",", ""))
+    assert need == pytest.approx((10**8 + 1) * weights * bytes_per_weight / 1e9, rel=1e-3)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_empty_folder_may_become_a_run(sums, monkeypatch, tmp_path):
+    """One that no other can take the place of, as where a disk is mounted."""
+    monkeypatch.chdir(tmp_path)
+    start(*SHORT, "--data", sums, "--steps", 1, "--eval-every", "-1", "--run-dir", ".")
+    assert steps_of(tmp_path) == [0, 1]
+
+
 # --------------------------------------------------------------- mechanisms and stages
 
 
@@ -303,6 +371,16 @@ def test_base_model_with_lora_and_8_bit_adam(base_model, monkeypatch, tmp_path):
                    "--max-response-tokens", "20", "--out", str(tmp_path / "eval")])
     with pytest.raises(UserError, match="LoRA adapter"):
         start(*options, "--model", adapter, "--run-dir", tmp_path / "second")
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base_model)
+
+    full = tmp_path / "full"  # without LoRA all weights of the merged model train
+    start(*options, "--lora-rank", 0, "--model", adapter, "--steps", 1, "--no-substitute", "--run-dir", full)
+    before, after = (load_file(full / "checkpoints" / f"step_00000{step}" / "model.safetensors") for step in (0, 1))
+    assert all(torch.equal(value, before[name]) for name, value in merged.state_dict().items() if name in before)
+    assert lines(full / "metrics.jsonl")[0]["optim/grad_norm"] > 0
+    assert not [name for name, value in after.items() if torch.equal(value, before[name])]
+    start("--resume", full, "--steps", 2)
+    assert len(lines(full / "metrics.jsonl")) == 2
 
 
 @pytest.mark.parametrize("options", [

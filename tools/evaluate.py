@@ -38,8 +38,8 @@ from polaris_mini import (
 )
 from reward import RewardError, RewardPool, check_answer
 from rollout import (
-    Engine, Evaluation, HFEngine, ProbeCurves, Sampling, VLLMEngine, base_model, load_model, load_tokenizer,
-    resolve_device, resolve_dtype, sample_groups, set_rewards, uses_vllm,
+    Engine, Evaluation, HFEngine, ProbeCurves, Sampling, VLLMEngine, base_model, check_model, load_model,
+    load_tokenizer, resolve_device, resolve_dtype, sample_groups, set_rewards, uses_vllm,
 )
 
 # --------------------------------------------------------------------------- the options
@@ -236,6 +236,8 @@ class Session:
         check = (lambda answers: None) if options.reward else check_answer  # a function of the user's reads its own
         loaded = data.load_problems(source, check_answers=check, skip_bad_rows=options.skip_bad_rows)
         problems = data.encode_prompts(loaded, self.tokenizer, options)
+        longest = max(len(problem.prompt_tokens) for problem in problems) + options.max_response_tokens
+        check_model(options.model, self.tokenizer, options, longest)
         if 0 < options.problems < len(problems):  # chosen by the seed and the id, wherever in the file it stands
             problems.sort(key=lambda problem: hashlib.sha256(f"{options.seed}:{problem.id}".encode()).digest())
         return problems[: options.problems or None]
@@ -402,7 +404,7 @@ def run_eval(options: Eval) -> None:
         sources = {source: session.problems(source) for source in options.data}  # all are checked before any is drawn
         variants: dict[str, Mapping[str, Any] | None] = {"plain": None}
         if options.yarn_factor != 1.0:
-            positions = options.original_max_positions or max_positions(options)
+            positions = max_positions(options)
             variants[f"YaRN {options.yarn_factor:g}"] = {
                 "factor": options.yarn_factor, "original_max_positions": positions,
                 "attention_scale": options.yarn_attention_scale,
@@ -420,9 +422,14 @@ def run_eval(options: Eval) -> None:
     print(f"\n{path}")
 
 
-def max_positions(options: Command) -> int:
+def max_positions(options: Eval) -> int:
+    """Return how many positions YaRN stretches. Raises: UserError if they are not rotary ones, alike in all layers."""
     config = AutoConfig.from_pretrained(base_model(options.model), trust_remote_code=options.trust_remote_code)
-    return config.get_text_config().max_position_embeddings
+    text = config.get_text_config()
+    if "rope_type" not in (getattr(text, "rope_parameters", None) or {}) or getattr(text, "alibi", False):
+        raise UserError(f"yarn_factor is {options.yarn_factor:g}: {options.model} ({config.model_type}) has no rotary "
+                        "positions, alike in all layers, that YaRN could stretch; leave it out")
+    return options.original_max_positions or text.max_position_embeddings
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
