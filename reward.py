@@ -4,8 +4,9 @@ The answer is the last `\boxed{...}` after `</think>`. Boxes just before it belo
 text and plain numbers are decided at once. math-verify decides the rest in worker processes, which end themselves when
 an answer takes too long: `9^{9^{9^9}}` never ends. A reward function of your own (`--reward`) runs there, too.
 
-Left out: answers without a box (a search for them rewards guesses), proofs and code. math-verify's judgement is taken
-as it is: 3 + 4 equals 7, and so do 7\%, y = 7 and 7 \text{ million}. docs/reward.md shows how often others agree.
+math-verify rounds, and leaves words and digits out. What it calls equal is therefore compared again: exact values
+exactly, and what was left out. 3 + 4 equals 7, and so do 7\%, y = 7 and 7 \text{ million}. Left out: answers without a
+box (a search for them rewards guesses), proofs and code. docs/reward.md has the rules, and how often others agree.
 """
 import faulthandler
 import importlib
@@ -265,7 +266,7 @@ def _agree(one: Any, other: Any, braces: bool) -> bool | None:
         return None
     one, other = pair = [x.rhs if isinstance(x, sympy.Rel) else x for x in (one, other)]
     if all(isinstance(x, sympy.FiniteSet | sympy.Tuple | sympy.Interval | sympy.MatrixBase) for x in pair):
-        parts = [x.args[:2] if isinstance(x, sympy.Interval) else getattr(x, "args", x) for x in pair]
+        parts = [x.args[:2] if isinstance(x, sympy.Interval) else list(x) for x in pair]
         found = [{_agree(x, y, braces) for y in parts[1]} for x in parts[0]]
         mixed = braces and isinstance(one, sympy.FiniteSet) != isinstance(other, sympy.FiniteSet)
         return not mixed and all(True in verdicts or False not in verdicts for verdicts in found)
@@ -309,11 +310,12 @@ def same_mathematics(answer: str, gold: str) -> bool:
 
 # ---- The ground truth ----
 def _prose(text: str) -> int:
-    """Count the words of a text up to a condition. Letters between two operators are a product: ab + bc has none."""
-    plain = re.sub(r"\\[A-Za-z]+", " ", FONT.sub(r" \1 ", text))
-    plain = re.sub(r"(?<=.),?\s*\b(?:where|for|with|if|when)\b.*", "", plain)
-    parts = (re.findall(r"\b(?!and\b)[A-Za-z]['a-z]+", part) for part in re.split(r"[-+*/=^<>\d]", plain))
-    return sum(len(words) for words in parts if len(words) > 1)
+    """Count words, but no letters between operators, which are a product, and no condition after mathematics."""
+    text = re.sub(r"\\[A-Za-z]+", " ", FONT.sub(r" \1 ", text))
+    head = re.split(r",?\s*\b(?:where|for|with|if|when)\b", text)[0]
+    parts = ([re.findall(r"\b(?!and\b)[A-Za-z]['a-z]+", x) for x in re.split(r"[-+*/=^<>\d]", y)] for y in (head, text))
+    before, words = (sum(len(found) for found in part if len(found) > 1) for part in parts)
+    return words if before or not head.strip() else 0
 
 
 def _read_golds(answers: object) -> tuple[list[str], str]:
@@ -335,7 +337,7 @@ def _read_golds(answers: object) -> tuple[list[str], str]:
         elif _prose(text) > 5 and not CHOICE.fullmatch(FONT.sub(r"\1", text)):
             fault = "is no mathematics, choice or text of at most five words"
         else:
-            golds += re.split(r"\s*\\text\s*\{\s*OR\s*\}\s*", text)
+            golds += dict.fromkeys([text, *re.split(r"\s*\\text\s*\{\s*OR\s*\}\s*", text)])
     return golds, fault
 
 

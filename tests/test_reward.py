@@ -206,6 +206,8 @@ def test_unequal_numbers_need_no_worker(answer: str, gold: Any) -> None:
         (r"12.5\%", "0.125", True),
         (r"50\%", "50", True),
         (r"\begin{pmatrix} 1 \\[2pt] 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", True),
+        (r"x = \begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", True),
+        (r"(3,4)\text{ OR }(4,3)", r"(3, 4) \text{ OR } (4, 3)", True),
         (r"\emptyset", r"\varnothing", True),
         ("√12.5", r"\sqrt{12.5}", True),
         (r"30\degree", r"30^\circ", True),
@@ -378,8 +380,19 @@ def test_unusable_ground_truths_are_named() -> None:
         assert grade(boxed("1"), answer, require_think=True) == Grade(0.0, "invalid_gold")
     for big in ["1" * 501, "{" * 11 + "1" + "}" * 11]:
         assert "too long or too deeply nested" in (check_answer(big) or "")
+    for prose in ["one two three four five six", "He packs 6*7 = 42 rolls and with the rest that makes 47 rolls.",
+                  r"\text{It is even, as was to be shown}"]:
+        assert "is no mathematics, choice or text of at most five words" in (check_answer(prose) or "")
+    read: list[Any] = ["one two three four five", "ab + bc + cd + de + ef + fa",
+                       r"(C) The mean rises, the median falls",
+                       r"f(x)=cx \text{ for all real numbers x, where c is any constant}", "so 6 + 1 boxes\n#### 7"]
+    assert [check_answer(answer) for answer in read] == [None] * len(read)
     usable: list[Any] = ["0", 0, 0.0, -1.5, "x", "∅", r"\{\}", ["", "7"], (1, 2), "$C$\n", "9" * 500]
     assert [check_answer(answer) for answer in usable] == [None] * len(usable)
+
+
+def test_a_ground_truth_without_its_last_brace_is_completed(pool: RewardPool) -> None:
+    assert pool.grade([(boxed(r"\frac{1}{2}"), r"\frac{1}{2", False)]) == [Grade(1.0, "correct")]
 
 
 def test_the_fast_path_agrees_with_math_verify() -> None:
