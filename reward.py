@@ -20,7 +20,6 @@ import signal
 import sys
 import traceback
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
@@ -206,12 +205,12 @@ def same_text(answer: str, gold: str) -> bool | None:
     clock, gold_clock = (CLOCK.fullmatch(FONT.sub(r"\1", text)) for text in (answer, gold))
     if clock and gold_clock and ":" in answer + gold:  # else math-verify's ratio
         hours = [[*map(int, re.findall(r"\d+", match[1])), 0, 0][:3] for match in (clock, gold_clock)]
-        return hours[0] == hours[1] and _same_words(_words(clock[2]), _words(gold_clock[2]))
+        return hours[0] == hours[1] and _same_words(_left_out(clock[2])[0], _left_out(gold_clock[2])[0])
     value, number = plain_number(answer), plain_number(gold)
     if value is not None and number is not None:
         more_digits = int(value.as_tuple().exponent) < int(number.as_tuple().exponent)
         equal = value == number or (more_digits and rounds_to(value, gold))
-        return equal and _same_words(_words(answer), _words(gold))
+        return equal and _same_words(_left_out(answer)[0], _left_out(gold)[0])
     # One may have a percent sign that the other lacks, or a decimal comma for its point: 2,5 is 2.5.
     for one, other in ((answer, number), (gold, value)):
         comma = one.replace(",", ".") if re.fullmatch(r"-?[0-9]+,[0-9]+", one) else ""
@@ -221,18 +220,16 @@ def same_text(answer: str, gold: str) -> bool | None:
     return False if products else None  # to math-verify BADC is ABCD
 
 
-def _left_out(text: str, read: str) -> list[str]:
-    """Return the digits, commas and dots of an answer, in order, that are not in the part that math-verify has read."""
-    left, kept = (re.findall(r"\d|[,;]|dots|\.\.\.", UNIT.sub("", part)) for part in (text, read))
-    edits = SequenceMatcher(None, left, kept, autojunk=False).get_opcodes()
-    return [token for kind, start, end, *_ in edits if kind in ("delete", "replace") for token in left[start:end]]
-
-
-def _words(text: str, read: str = "") -> list[str]:
-    """Return the words of an answer, in lower case, that are not in the part that math-verify has read."""
-    parts = (re.sub(r"\\[A-Za-z]+", " ", re.sub(r"(?<=[A-Za-z])\.", "", part)).lower() for part in (text, read))
-    words, known = (Counter(re.findall("[a-z]+", re.sub("(?<=[a-z])/(?=[a-z])", " per ", part))) for part in parts)
-    return [word for word in (words - known).elements() if word not in IDLE]
+def _left_out(text: str, read: str = "") -> tuple[list[str], list[str]]:
+    """Return the words of an answer, and its digits and commas, that are not in the part that math-verify has read."""
+    tokens = []
+    for part in (text, read):
+        part = re.sub(r"\\[lc]?dots|\.{3}", "…", UNIT.sub("", part))
+        part = re.sub(r"\\[A-Za-z]+", " ", re.sub(r"(?<=[A-Za-z])\.", "", part)).lower()
+        tokens.append(re.findall(r"\d|[,;…]|[a-z]+", re.sub("(?<=[a-z])/(?=[a-z])", " per ", part)))
+    edits = SequenceMatcher(None, *tokens, autojunk=False).get_opcodes()
+    left = [token for kind, start, end, *_ in edits if kind in ("delete", "replace") for token in tokens[0][start:end]]
+    return [x for x in left if x.isalpha() and x not in IDLE], [x for x in left if not x.isalpha()]
 
 
 def _same_words(ones: Sequence[str], others: Sequence[str]) -> bool:
@@ -292,9 +289,10 @@ def same_mathematics(answer: str, gold: str) -> bool:
     answer, gold = (re.sub(r"^0?\.5$", "0.50", text) for text in (answer, gold))  # 0.5 would be read as \frac{1}{2}
     # In a box: bare text goes by worse rules. Only LaTeX: bare arithmetic ends in eval. A time-out would be a False.
     target, truth = (parse(rf"\boxed{{{t}}}", [LatexExtractionConfig()], parsing_timeout=None) for t in (answer, gold))
-    if not (target and truth) or _left_out(answer, target[-1]) != _left_out(gold, truth[-1]):
+    if not (target and truth):
         return False
-    if not _same_words(_words(answer, target[-1]), _words(gold, truth[-1])):
+    (words, digits), (gold_words, gold_digits) = _left_out(answer, target[-1]), _left_out(gold, truth[-1])
+    if digits != gold_digits or not _same_words(words, gold_words):
         return False
     one, other = read = [target[0], truth[0]]
     joints = [{*re.findall(r"\b(?:or|and)\b", text)} for text in (answer, gold)]
@@ -382,9 +380,6 @@ class RewardPool(AbstractContextManager["RewardPool"]):
 
     def __init__(self, workers: int = 2, timeout: float = 3.0, require_think: bool = True, memory_gb: float = 4.0,
                  function: str | None = None) -> None:  # fmt: skip
-        for name, value in {"workers": workers, "timeout": timeout, "memory_gb": memory_gb}.items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}: give a number above 0")
         self._require_think, self._function, self._closed = require_think, function, False
         self._command = [sys.executable, __file__, "--worker", str(timeout), str(memory_gb), function or ""]
         self._threads = ThreadPoolExecutor(workers)

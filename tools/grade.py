@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -57,6 +58,9 @@ def main() -> None:
     parser.add_argument("--reward", help="module:function of your own; its problem has no text here")
     parser.add_argument("--workers", type=int, default=2, help="worker processes (default 2)")
     options = parser.parse_args()
+    for name in ("workers", "timeout"):
+        if not 0 < (value := getattr(options, name)) < math.inf:
+            parser.error(f"{name} is {value}: give a number above 0")
     try:
         rows = read_rows(options.file)
     except OSError as error:
@@ -67,7 +71,7 @@ def main() -> None:
     try:
         with RewardPool(options.workers, options.timeout, think, function=options.reward) as pool:
             grades = pool.grade([(row["response"], row["answer"], bool(row.get("truncated"))) for row in rows])
-    except (ValueError, RewardError) as error:
+    except RewardError as error:
         parser.error(str(error))
     for row, grade in zip(rows, grades, strict=True):
         print(json.dumps(({"id": row["id"]} if "id" in row else {}) | vars(grade)))
