@@ -302,8 +302,10 @@ def same_mathematics(answer: str, gold: str) -> bool:
     for x, y in [sets, read][: 1 + (lists and sets != read)]:
         if verify(y, x, timeout_seconds=None, allow_set_relation_comp=True):
             return not exact or _agree(x, y, r"\{" in answer + gold) is not False
-    number = "." in answer + gold and exact and getattr(one, "is_number", False) and one.is_real
-    return bool(number) and rounds_to(Decimal(str(one.evalf(20))), gold)
+    with suppress(ArithmeticError, ValueError, TypeError):  # too large for sympy, or infinite
+        if "." in answer + gold and exact and getattr(one, "is_number", False) and one.is_real:
+            return rounds_to(Decimal(str(one.evalf(20))), gold)
+    return False
 
 
 # ---- The ground truth ----
