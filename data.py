@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import math
+import mmap
 import os
 import random
 import re
@@ -20,7 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, M
 from dataclasses import asdict, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, BinaryIO, TYPE_CHECKING, TextIO
+from typing import Any, TYPE_CHECKING, TextIO
 
 from polaris_mini import Common, Config, Problem, Rollout, UserError
 
@@ -43,34 +44,24 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Append to a jsonl file of our own, in place of a last line that a kill cut short, and wait for the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        file.truncate(_line_start(file, file.tell()))
+    forget_lines(path)
+    with path.open("ab") as file:
         file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
     sync(path)
 
 
-def forget_lines(path: Path, last: int, order: str = "step") -> None:
+def forget_lines(path: Path, last: float = math.inf, order: str = "step") -> None:
     """Cut a log, whose lines are in order of step, back to the last one to keep; drop a line that a kill cut short."""
-    if path.exists():
-        with path.open("rb+") as file:
-            end = _line_start(file, file.seek(0, os.SEEK_END))
-            while end > 0:  # backwards from the end, as a log can have gigabytes
-                start = _line_start(file, end - 1)
-                file.seek(start)
-                if json.loads(file.read(end - start))[order] <= last:
-                    break
-                end = start
-            file.truncate(end)
-
-
-def _line_start(file: BinaryIO, end: int) -> int:
-    """Return the place behind the last line break before `end`."""
-    start, found = end, -1
-    while start > 0 and found < 0:
-        start, end = max(0, start - 65536), start
-        file.seek(start)
-        found = file.read(end - start).rfind(b"\n")
-    return start + found + 1
+    if not path.exists() or path.stat().st_size == 0:  # an empty file has no map
+        return
+    with path.open("rb+") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        end = text.rfind(b"\n") + 1
+        while last < math.inf and end > 0:  # backwards from the end, as a log can have gigabytes
+            start = text.rfind(b"\n", 0, end - 1) + 1
+            if json.loads(text[start:end])[order] <= last:
+                break
+            end = start
+        file.truncate(end)
 
 
 def write_whole(path: Path, text: str) -> None:
