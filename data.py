@@ -17,7 +17,7 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from decimal import Decimal
 from pathlib import Path
@@ -351,7 +351,7 @@ class ProblemSampler:
         return (self._epoch, self._position) if self._position + count <= len(self) else (self._epoch + 1, 0)
 
 
-class Sink(MutableMapping[str, Rollout]):
+class Sink:
     """Keep the latest correct rollout of each problem for `polaris_mini.rescue`, in a JSON file per problem.
 
     The trainer saves `changes` in its checkpoint, then calls `write`; a resume writes them again. So no file is later
@@ -365,24 +365,15 @@ class Sink(MutableMapping[str, Rollout]):
     def __setitem__(self, problem_id: str, rollout: Rollout) -> None:
         self.changes[problem_id] = rollout
 
-    def __getitem__(self, problem_id: str) -> Rollout:
+    def get(self, problem_id: str) -> Rollout | None:
+        """Return the rollout of a problem, or None if it never had a correct one."""
         if problem_id in self.changes:
             return self.changes[problem_id]
         path = self._path(problem_id)
         if not path.exists():
-            raise KeyError(problem_id)
+            return None
         fields = json.loads(path.read_bytes())
         return Rollout(**fields | {"prompt_tokens": tuple(fields["prompt_tokens"])})
-
-    def __delitem__(self, problem_id: str) -> None:
-        raise NotImplementedError("a sink forgets nothing")
-
-    def __iter__(self) -> Iterator[str]:
-        stored = {json.loads(path.read_bytes())["problem_id"] for path in self.folder.glob("*.json")}
-        return iter(stored | self.changes.keys())
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
     def write(self) -> None:
         """Write the changes to their files."""

@@ -342,12 +342,12 @@ def core_rewards(groups: Sequence[Group], consensus: MutableMapping[str, set[str
                 rollout.reward = max(rollout.reward, min(0.5, overlap))
 
 
-def rescue(groups: Sequence[Group], sink: MutableMapping[str, Rollout], rng: random.Random) -> list[Group]:
+def rescue(groups: Sequence[Group], sink: Any, rng: random.Random) -> list[Group]:
     """Put one correct rollout from the sink into each group that has none.
 
-    The sink, updated in place, keeps the latest correct rollout of each problem id. In a group without a correct one
-    the sink's rollout replaces one rollout at random. Every other group is returned as it came. `Config.rescue_ratio`
-    says how much the borrowed rollout counts, now that the policy is another.
+    The sink, a `data.Sink` or a dict, is updated in place and keeps the latest correct rollout of each problem id. In a
+    group without a correct one the sink's rollout replaces one rollout at random. Every other group is returned as it
+    came. `Config.rescue_ratio` says how much the borrowed rollout counts, now that the policy is another.
 
     Source: blog, Rollout Rescue and its figure.
     Differs from the release: there it was announced but never published.
@@ -357,9 +357,9 @@ def rescue(groups: Sequence[Group], sink: MutableMapping[str, Rollout], rng: ran
         correct = [rollout for rollout in group.rollouts if rollout.correct]
         if correct:
             sink[group.problem.id] = rng.choice(correct)
-        elif group.problem.id in sink:
+        elif (borrowed := sink.get(group.problem.id)) is not None:
             rollouts = list(group.rollouts)
-            rollouts[rng.randrange(len(rollouts))] = replace(sink[group.problem.id], rescued=True)
+            rollouts[rng.randrange(len(rollouts))] = replace(borrowed, rescued=True)
             group = replace(group, rollouts=rollouts)
         rescued_groups.append(group)
     return rescued_groups
