@@ -37,7 +37,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache,
-                          PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase)
+                          PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TopKLogitsWarper,
+                          TopPLogitsWarper)
 from transformers.utils import cached_file
 
 from data import append_lines, read_lines
@@ -175,9 +176,7 @@ def resolve_dtype(settings: Common, device: torch.device) -> torch.dtype:
 
 def autocast(device: torch.device, dtype: torch.dtype, cache: bool = True) -> contextlib.AbstractContextManager:
     """Compute in `dtype` whatever the weights are stored in; do nothing for float32."""
-    if dtype in (torch.bfloat16, torch.float16):
-        return torch.autocast(device.type, dtype, cache_enabled=cache)
-    return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=cache)
 
 
 def load_policy(config: Config, checkpoint: Path | None = None) -> nn.Module:
@@ -362,12 +361,9 @@ def _decoding(policy: nn.Module) -> Iterator[None]:
 def _truncate(logprobs: Tensor, sampling: Sampling) -> Tensor:
     """Set tokens outside top-k and top-p to -inf; `multinomial` renormalises the rest."""
     if sampling.top_k > 0:
-        limit = logprobs.topk(min(sampling.top_k, logprobs.shape[-1])).values[:, -1:]
-        logprobs = logprobs.masked_fill(logprobs < limit, -math.inf)
+        logprobs = TopKLogitsWarper(sampling.top_k)(None, logprobs)  # type: ignore[arg-type]
     if sampling.top_p < 1.0:
-        ordered, order = logprobs.softmax(-1).sort(descending=True)
-        outside = ordered.cumsum(-1) - ordered >= sampling.top_p  # the token that crosses top_p still counts
-        logprobs = logprobs.masked_fill(outside.scatter(1, order, outside), -math.inf)
+        logprobs = TopPLogitsWarper(sampling.top_p)(None, logprobs)  # type: ignore[arg-type]
     return logprobs
 
 
