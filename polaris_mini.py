@@ -247,21 +247,40 @@ class Config(Common):
 
     def __post_init__(self) -> None:
         """Fold steps, temperature and max_response_tokens into the stages, then check every value."""
+        need = partial(require, self)
         stages = [Stage.parse(text) for text in self.stages]
+        need(len(stages) > 0, "stages", "give at least one stage")
         if self.temperature is not None:
             stages = [replace(stage, temperature=self.temperature) for stage in stages]
         if self.max_response_tokens is not None:
             stages = [replace(stage, max_response_tokens=self.max_response_tokens) for stage in stages]
-        if self.steps is not None:  # cut the last stages short or off, or extend the last
-            ends = [min(self.steps, sum(stage.steps for stage in stages[: i + 1])) for i in range(len(stages))]
-            lengths = [end - begin for begin, end in pairwise([0, *ends[:-1], self.steps])]
-            stages = [replace(s, steps=length) for s, length in zip(stages, lengths, strict=True) if length > 0]
-            require(self, self.steps > 0, "steps", "give at least 1")
+        if self.steps is not None:  # stages that would begin later go, and the last one that stays ends there
+            need(self.steps > 0, "steps", "give at least 1")
+            begins = [sum(stage.steps for stage in stages[:i]) for i in range(len(stages))]
+            stages = [stage for stage, begin in zip(stages, begins, strict=True) if begin < self.steps]
+            stages[-1] = replace(stages[-1], steps=self.steps - begins[len(stages) - 1])
         object.__setattr__(self, "stages", tuple(map(str, stages)))
         for folded in ("steps", "temperature", "max_response_tokens"):
             object.__setattr__(self, folded, None)
         super().__post_init__()
-        _check(self)
+        for stage in stages:
+            need(stage.steps >= 1, "stages", "give each at least 1 step")
+            require(stage, stage.max_response_tokens >= 1, "max_response_tokens", "give at least 1")
+            require(stage, stage.temperature == "auto" or 0 < stage.temperature < math.inf, "temperature",
+                    "give auto or a value above 0 (a greedy policy samples G equal responses, which teach nothing)")
+            require(stage, stage.temperature != "auto" or stages[0].temperature == "auto", "temperature",
+                    "the first stage must be auto too; to begin at T give auto and --probe-temperatures T")
+        need(self.updates_per_batch <= self.prompts_per_step, "updates_per_batch",
+             f"give at most prompts_per_step ({self.prompts_per_step}), each update needs a group")
+        for name in ("clip_low", "beta1", "beta2"):
+            need(getattr(self, name) < 1, name, "give a value below 1")
+        need(self.mastered_above <= 1, "mastered_above", "give a pass rate from 0 to 1 (1 keeps all problems)")
+        need(self.lora_rank > 0 or not self.quantize_base, "quantize_base", "it is for LoRA; give --lora-rank 32")
+        need(self.gradient_checkpointing or not self.offload_activations, "offload_activations",
+             "it needs --gradient-checkpointing")
+        need(self.process_reward == "none" or r"\underline" in self.prompt_suffix, "prompt_suffix",
+             r"with process_reward core, let it ask for intermediate results: ... Put each of them in \underline{}.")
+        temperature_grid(self.probe_temperatures)
 
     @property
     def schedule(self) -> tuple[Stage, ...]:
@@ -277,34 +296,10 @@ class Config(Common):
         return max(stage.max_response_tokens for stage in self.schedule)
 
 
-def require(settings: object, ok: bool, name: str, advice: str, value: object = None) -> None:
-    """Raise a UserError that names the setting, its value (unless another is shown) and what would be right."""
+def require(settings: object, ok: bool, name: str, advice: str) -> None:
+    """Raise a UserError that names the setting, its value and what would be right."""
     if not ok:
-        raise UserError(f"{name} is {getattr(settings, name) if value is None else value}: {advice}")
-
-
-def _check(config: Config) -> None:
-    need = partial(require, config)
-    need(len(config.stages) > 0, "stages", "give at least one stage")
-    for stage in config.schedule:
-        need(stage.steps >= 1, "stages", "give each at least 1 step")
-        need(stage.max_response_tokens >= 1, "max_response_tokens", "give at least 1", stage.max_response_tokens)
-        need(stage.temperature == "auto" or 0 < stage.temperature < math.inf, "temperature",
-             "give auto or a value above 0 (a greedy policy samples G equal responses, which teach nothing)",
-             stage.temperature)
-        need(stage.temperature != "auto" or config.schedule[0].temperature == "auto", "temperature",
-             "the first stage must be auto too; to begin at T give auto and --probe-temperatures T", stage.temperature)
-    need(config.updates_per_batch <= config.prompts_per_step, "updates_per_batch",
-         f"give at most prompts_per_step ({config.prompts_per_step}), each update needs a group")
-    for name in ("clip_low", "beta1", "beta2"):
-        need(getattr(config, name) < 1, name, "give a value below 1")
-    need(config.mastered_above <= 1, "mastered_above", "give a pass rate from 0 to 1 (1 keeps all problems)")
-    need(config.lora_rank > 0 or not config.quantize_base, "quantize_base", "it is for LoRA; give --lora-rank 32")
-    need(config.gradient_checkpointing or not config.offload_activations, "offload_activations",
-         "it needs --gradient-checkpointing")
-    need(config.process_reward == "none" or r"\underline" in config.prompt_suffix, "prompt_suffix",
-         r"with process_reward core, let it ask for intermediate results: ... Put each of them in \underline{}.")
-    temperature_grid(config.probe_temperatures)
+        raise UserError(f"{name} is {getattr(settings, name)}: {advice}")
 
 
 # ---------------------------------------------------------------- the mechanisms
