@@ -36,8 +36,7 @@ class Problem:
     id: str
     text: str
     answers: tuple[str, ...]
-    pass_rate: float | None = None
-    """Offline difficulty: the share of correct rollouts of the model to be trained, if it was measured."""
+    pass_rate: float | None = None  # Offline: the share of right rollouts of the model to be trained, if measured.
     system: str | None = None
     prompt_tokens: tuple[int, ...] = ()  # The chat-templated prompt, filled in by `data.encode_prompts`.
 
@@ -49,8 +48,7 @@ class Rollout:
     problem_id: str
     prompt_tokens: Sequence[int]
     response_tokens: list[int]
-    sampler_logprobs: list[float]
-    """(T,) nats, one per response token, at the sampling temperature, as the engine computed them."""
+    sampler_logprobs: list[float]  # (T,) nats, of each response token, at the sampling temperature, by the engine.
     text: str
     finish_reason: Literal["stop", "length"]
     reward: float = 0.0
@@ -204,8 +202,7 @@ class Config(Common):
     mastered_above: float = 0.9  # Problems with a higher pass rate leave as a stage ends; 1: none. Source: blog (0.9).
 
     # the loss
-    advantage: Advantage = "grpo"
-    """grpo: (reward - mean) / std. dr_grpo: reward - mean (arXiv 2503.20783)."""
+    advantage: Advantage = "grpo"  # grpo: (reward - mean) / std. dr_grpo: reward - mean (arXiv 2503.20783).
     clip_low: float = 0.2  # The ratio is clipped from below at 1 - clip_low. Source: release (0.2).
     clip_high: float = 0.28
     """The ratio is clipped from above at 1 + clip_high; inf: off. Source: release (0.28), DAPO (arXiv 2503.14476)."""
