@@ -403,9 +403,8 @@ def set_advantages(groups: Sequence[Group], kind: Advantage = "grpo") -> None:
             rollout.advantage = value
 
 
-def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, dual_clip: float
-) -> tuple[Tensor, Tensor]:
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float,
+                dual_clip: float) -> tuple[Tensor, Tensor]:
     """Take the clipped policy-gradient loss of every token, and whether clipping stopped its gradient.
 
     logprobs, old_logprobs: (N,) nats, at the sampling temperature; advantages: (N,), one per token.
@@ -486,10 +485,8 @@ def temperature_zones(accuracy: Mapping[float, float], noise: Mapping[float, flo
     return Zones(robust, exploration)
 
 
-def pick_temperature(
-    accuracy: Mapping[float, float], diversity: Mapping[float, float], *, match: float | None = None,
-    noise: Mapping[float, float] | None = None,
-) -> float:
+def pick_temperature(accuracy: Mapping[float, float], diversity: Mapping[float, float], *, match: float | None = None,
+                     noise: Mapping[float, float] | None = None) -> float:
     """Choose a stage's temperature from a probe: curves of temperature -> accuracy and temperature -> diversity.
 
     A first stage takes the border of robust generation: the most diversity that costs no accuracy. A later one takes
@@ -626,17 +623,15 @@ TOY = Path(__file__).parent / "tools" / "toy_world"
 PRESETS = {
     "recipe": Config(checkpoint_every=5),
     "polaris-4b": _published("Qwen/Qwen3-4B", "450:1.4:39936", "150:1.45:48128:reset", "100:1.5:52224:reset"),
-    "polaris-7b": _published(
-        "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "520:0.7:15360", "370:1.0:23552:reset", "590:1.1:31744:reset"
-    ),
+    "polaris-7b": _published("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "520:0.7:15360", "370:1.0:23552:reset",
+                             "590:1.1:31744:reset"),
     # 500 steps in all; where the second stage began is not published
     "polaris-1.7b": _published("Qwen/Qwen3-1.7B", "350:1.5:39936", "150:1.55:48128:reset"),
 }
 _WORKSTATION: dict[str, Any] = {
     "prompts_per_step": 32, "max_response_tokens": 32768, "lora_rank": 32, "lr": 1e-5, "optimizer": "adamw8bit",
     "gradient_checkpointing": True, "tokens_per_micro_batch": 33792, "rollouts_per_batch": 16, "offload_policy": True,
-    "checkpoint_every": 1,
-}  # fmt: skip
+    "checkpoint_every": 1}  # fmt: skip
 """Source: the release's author on small machines (issues #4, #18: batch 32, up to 32768 tokens); LoRA is ours."""
 PRESETS |= {
     "rtx-24gb": replace(PRESETS["polaris-1.7b"], **_WORKSTATION),
@@ -644,7 +639,6 @@ PRESETS |= {
     "toy": Config(
         model=str(TOY / "model"), data=str(TOY / "problems.jsonl"), eval_data=str(TOY / "held_out.jsonl"),
         prompt_suffix="", max_prompt_tokens=64, stages=("40:1.0:80", "40:1.1:128"), prompts_per_step=32, lr=2e-4,
-        eval_every=10,
-    ),
+        eval_every=10),
 }  # fmt: skip
 PRESETS = {name: replace(preset, preset=name) for name, preset in PRESETS.items()}
