@@ -311,16 +311,15 @@ class HFEngine:
         model = causal_lm(self.policy)
         head = model.get_output_embeddings()
         longest = max(map(len, prompts))
-        padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]  # left, so that all end together
+        padded = [[0] * (longest - len(p)) + list(p) for p in prompts]  # on the left, so that all end together
         tokens = torch.tensor(padded, device=self.device)  # (B, L)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        mask = torch.arange(longest, device=self.device) >= longest - lengths[:, None]  # (B, L) bool
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, L)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)  # (B, L)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
         cache = DynamicCache(config=model.config)
         responses = [Response([], [], "length") for _ in prompts]
         decoding = list(responses)  # the response of each sequence; sequences leave as they end
         for _ in range(sampling.max_tokens):
-            hidden = model.base_model(input_ids=tokens, attention_mask=mask.long(), position_ids=positions,
+            hidden = model.base_model(input_ids=tokens, attention_mask=mask, position_ids=positions,
                                       past_key_values=cache, use_cache=True).last_hidden_state[:, -1]  # (B, H)
             logprobs = torch.log_softmax(head(hidden).float() / sampling.temperature, dim=-1)  # (B, V)
             tokens = torch.multinomial(_truncate(logprobs, sampling).exp(), 1, generator=generator)  # (B, 1)
