@@ -47,7 +47,6 @@ from polaris_mini import (Common, Config, Group, Problem, Rollout, UserError,
 from reward import Grade, RewardPool
 
 # ------------------------------------------------------- models, devices, ranks
-
 def load_tokenizer(name: str, settings: Common) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or the hub. Raises: UserError if there is none, or one that cannot be used."""
     source = name if (Path(name) / "tokenizer_config.json").is_file() else base_model(name)  # an adapter may lack one
@@ -237,7 +236,6 @@ def start_ranks(config: Config) -> None:
 
 
 # ------------------------------------------------------------------------- the engine
-
 ENGINE_SHARE = 0.1  # of a GPU's memory, for vLLM's activations, CUDA graphs and what else there is
 KV_BLOCK = 128  # tokens; vLLM rounds each sequence up to its block, which is no larger
 Prompts = Sequence[Sequence[int]]  # token ids
@@ -547,7 +545,6 @@ def kv_cache_bytes(config: PretrainedConfig, settings: Common, max_tokens: int, 
 
 
 # ---------------------------------------------------------------- groups and their grades
-
 Engine = HFEngine | VLLMEngine
 Grading = tuple[Rollout, "Future[Grade]"]
 
@@ -598,7 +595,6 @@ def set_rewards(groups: list[Group], gradings: Sequence[Grading]) -> list[Group]
 
 
 # ------------------------------------------------------------- evaluation, temperature probe
-
 @dataclass(frozen=True)
 class Evaluation:
     """How good a policy is on a set of problems."""
