@@ -11,16 +11,17 @@ import gzip
 import hashlib
 import json
 import math
+import mmap
 import os
 import random
 import re
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, BinaryIO, TYPE_CHECKING, TextIO
+from typing import Any, TYPE_CHECKING, TextIO
 
 from polaris_mini import Common, Config, Problem, Rollout, UserError
 
@@ -43,34 +44,24 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Append to a jsonl file of our own, in place of a last line that a kill cut short, and wait for the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        file.truncate(_line_start(file, file.tell()))
+    forget_lines(path)
+    with path.open("ab") as file:
         file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
     sync(path)
 
 
-def forget_lines(path: Path, last: int, order: str = "step") -> None:
+def forget_lines(path: Path, last: float = math.inf, order: str = "step") -> None:
     """Cut a log, whose lines are in order of step, back to the last one to keep; drop a line that a kill cut short."""
-    if path.exists():
-        with path.open("rb+") as file:
-            end = _line_start(file, file.seek(0, os.SEEK_END))
-            while end > 0:  # backwards from the end, as a log can have gigabytes
-                start = _line_start(file, end - 1)
-                file.seek(start)
-                if json.loads(file.read(end - start))[order] <= last:
-                    break
-                end = start
-            file.truncate(end)
-
-
-def _line_start(file: BinaryIO, end: int) -> int:
-    """Return the place behind the last line break before `end`."""
-    start, found = end, -1
-    while start > 0 and found < 0:
-        start, end = max(0, start - 65536), start
-        file.seek(start)
-        found = file.read(end - start).rfind(b"\n")
-    return start + found + 1
+    if not path.exists() or path.stat().st_size == 0:  # an empty file has no map
+        return
+    with path.open("rb+") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        end = text.rfind(b"\n") + 1
+        while last < math.inf and end > 0:  # backwards from the end, as a log can have gigabytes
+            start = text.rfind(b"\n", 0, end - 1) + 1
+            if json.loads(text[start:end])[order] <= last:
+                break
+            end = start
+        file.truncate(end)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -360,7 +351,7 @@ class ProblemSampler:
         return (self._epoch, self._position) if self._position + count <= len(self) else (self._epoch + 1, 0)
 
 
-class Sink(MutableMapping[str, Rollout]):
+class Sink:
     """Keep the latest correct rollout of each problem for `polaris_mini.rescue`, in a JSON file per problem.
 
     The trainer saves `changes` in its checkpoint, then calls `write`; a resume writes them again. So no file is later
@@ -374,24 +365,15 @@ class Sink(MutableMapping[str, Rollout]):
     def __setitem__(self, problem_id: str, rollout: Rollout) -> None:
         self.changes[problem_id] = rollout
 
-    def __getitem__(self, problem_id: str) -> Rollout:
+    def get(self, problem_id: str) -> Rollout | None:
+        """Return the rollout of a problem, or None if it never had a correct one."""
         if problem_id in self.changes:
             return self.changes[problem_id]
         path = self._path(problem_id)
         if not path.exists():
-            raise KeyError(problem_id)
+            return None
         fields = json.loads(path.read_bytes())
         return Rollout(**fields | {"prompt_tokens": tuple(fields["prompt_tokens"])})
-
-    def __delitem__(self, problem_id: str) -> None:
-        raise NotImplementedError("a sink forgets nothing")
-
-    def __iter__(self) -> Iterator[str]:
-        stored = {json.loads(path.read_bytes())["problem_id"] for path in self.folder.glob("*.json")}
-        return iter(stored | self.changes.keys())
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
     def write(self) -> None:
         """Write the changes to their files."""

@@ -36,8 +36,7 @@ class Problem:
     id: str
     text: str
     answers: tuple[str, ...]
-    pass_rate: float | None = None
-    """Offline difficulty: the share of correct rollouts of the model to be trained, if it was measured."""
+    pass_rate: float | None = None  # Offline: the share of right rollouts of the model to be trained, if measured.
     system: str | None = None
     prompt_tokens: tuple[int, ...] = ()  # The chat-templated prompt, filled in by `data.encode_prompts`.
 
@@ -49,8 +48,7 @@ class Rollout:
     problem_id: str
     prompt_tokens: Sequence[int]
     response_tokens: list[int]
-    sampler_logprobs: list[float]
-    """(T,) nats, one per response token, at the sampling temperature, as the engine computed them."""
+    sampler_logprobs: list[float]  # (T,) nats, of each response token, at the sampling temperature, by the engine.
     text: str
     finish_reason: Literal["stop", "length"]
     reward: float = 0.0
@@ -204,8 +202,7 @@ class Config(Common):
     mastered_above: float = 0.9  # Problems with a higher pass rate leave as a stage ends; 1: none. Source: blog (0.9).
 
     # the loss
-    advantage: Advantage = "grpo"
-    """grpo: (reward - mean) / std. dr_grpo: reward - mean (arXiv 2503.20783)."""
+    advantage: Advantage = "grpo"  # grpo: (reward - mean) / std. dr_grpo: reward - mean (arXiv 2503.20783).
     clip_low: float = 0.2  # The ratio is clipped from below at 1 - clip_low. Source: release (0.2).
     clip_high: float = 0.28
     """The ratio is clipped from above at 1 + clip_high; inf: off. Source: release (0.28), DAPO (arXiv 2503.14476)."""
@@ -247,21 +244,40 @@ class Config(Common):
 
     def __post_init__(self) -> None:
         """Fold steps, temperature and max_response_tokens into the stages, then check every value."""
+        need = partial(require, self)
         stages = [Stage.parse(text) for text in self.stages]
+        need(len(stages) > 0, "stages", "give at least one stage")
         if self.temperature is not None:
             stages = [replace(stage, temperature=self.temperature) for stage in stages]
         if self.max_response_tokens is not None:
             stages = [replace(stage, max_response_tokens=self.max_response_tokens) for stage in stages]
-        if self.steps is not None:  # cut the last stages short or off, or extend the last
-            ends = [min(self.steps, sum(stage.steps for stage in stages[: i + 1])) for i in range(len(stages))]
-            lengths = [end - begin for begin, end in pairwise([0, *ends[:-1], self.steps])]
-            stages = [replace(s, steps=length) for s, length in zip(stages, lengths, strict=True) if length > 0]
-            require(self, self.steps > 0, "steps", "give at least 1")
+        if self.steps is not None:  # stages that would begin later go, and the last one that stays ends there
+            need(self.steps > 0, "steps", "give at least 1")
+            begins = [sum(stage.steps for stage in stages[:i]) for i in range(len(stages))]
+            stages = [stage for stage, begin in zip(stages, begins, strict=True) if begin < self.steps]
+            stages[-1] = replace(stages[-1], steps=self.steps - begins[len(stages) - 1])
         object.__setattr__(self, "stages", tuple(map(str, stages)))
         for folded in ("steps", "temperature", "max_response_tokens"):
             object.__setattr__(self, folded, None)
         super().__post_init__()
-        _check(self)
+        for stage in stages:
+            need(stage.steps >= 1, "stages", "give each at least 1 step")
+            require(stage, stage.max_response_tokens >= 1, "max_response_tokens", "give at least 1")
+            require(stage, stage.temperature == "auto" or 0 < stage.temperature < math.inf, "temperature",
+                    "give auto or a value above 0 (a greedy policy samples G equal responses, which teach nothing)")
+            require(stage, stage.temperature != "auto" or stages[0].temperature == "auto", "temperature",
+                    "the first stage must be auto too; to begin at T give auto and --probe-temperatures T")
+        need(self.updates_per_batch <= self.prompts_per_step, "updates_per_batch",
+             f"give at most prompts_per_step ({self.prompts_per_step}), each update needs a group")
+        for name in ("clip_low", "beta1", "beta2"):
+            need(getattr(self, name) < 1, name, "give a value below 1")
+        need(self.mastered_above <= 1, "mastered_above", "give a pass rate from 0 to 1 (1 keeps all problems)")
+        need(self.lora_rank > 0 or not self.quantize_base, "quantize_base", "it is for LoRA; give --lora-rank 32")
+        need(self.gradient_checkpointing or not self.offload_activations, "offload_activations",
+             "it needs --gradient-checkpointing")
+        need(self.process_reward == "none" or r"\underline" in self.prompt_suffix, "prompt_suffix",
+             r"with process_reward core, let it ask for intermediate results: ... Put each of them in \underline{}.")
+        temperature_grid(self.probe_temperatures)
 
     @property
     def schedule(self) -> tuple[Stage, ...]:
@@ -277,34 +293,10 @@ class Config(Common):
         return max(stage.max_response_tokens for stage in self.schedule)
 
 
-def require(settings: object, ok: bool, name: str, advice: str, value: object = None) -> None:
-    """Raise a UserError that names the setting, its value (unless another is shown) and what would be right."""
+def require(settings: object, ok: bool, name: str, advice: str) -> None:
+    """Raise a UserError that names the setting, its value and what would be right."""
     if not ok:
-        raise UserError(f"{name} is {getattr(settings, name) if value is None else value}: {advice}")
-
-
-def _check(config: Config) -> None:
-    need = partial(require, config)
-    need(len(config.stages) > 0, "stages", "give at least one stage")
-    for stage in config.schedule:
-        need(stage.steps >= 1, "stages", "give each at least 1 step")
-        need(stage.max_response_tokens >= 1, "max_response_tokens", "give at least 1", stage.max_response_tokens)
-        need(stage.temperature == "auto" or 0 < stage.temperature < math.inf, "temperature",
-             "give auto or a value above 0 (a greedy policy samples G equal responses, which teach nothing)",
-             stage.temperature)
-        need(stage.temperature != "auto" or config.schedule[0].temperature == "auto", "temperature",
-             "the first stage must be auto too; to begin at T give auto and --probe-temperatures T", stage.temperature)
-    need(config.updates_per_batch <= config.prompts_per_step, "updates_per_batch",
-         f"give at most prompts_per_step ({config.prompts_per_step}), each update needs a group")
-    for name in ("clip_low", "beta1", "beta2"):
-        need(getattr(config, name) < 1, name, "give a value below 1")
-    need(config.mastered_above <= 1, "mastered_above", "give a pass rate from 0 to 1 (1 keeps all problems)")
-    need(config.lora_rank > 0 or not config.quantize_base, "quantize_base", "it is for LoRA; give --lora-rank 32")
-    need(config.gradient_checkpointing or not config.offload_activations, "offload_activations",
-         "it needs --gradient-checkpointing")
-    need(config.process_reward == "none" or r"\underline" in config.prompt_suffix, "prompt_suffix",
-         r"with process_reward core, let it ask for intermediate results: ... Put each of them in \underline{}.")
-    temperature_grid(config.probe_temperatures)
+        raise UserError(f"{name} is {getattr(settings, name)}: {advice}")
 
 
 # ---------------------------------------------------------------- the mechanisms
@@ -342,12 +334,12 @@ def core_rewards(groups: Sequence[Group], consensus: MutableMapping[str, set[str
                 rollout.reward = max(rollout.reward, min(0.5, overlap))
 
 
-def rescue(groups: Sequence[Group], sink: MutableMapping[str, Rollout], rng: random.Random) -> list[Group]:
+def rescue(groups: Sequence[Group], sink: Any, rng: random.Random) -> list[Group]:
     """Put one correct rollout from the sink into each group that has none.
 
-    The sink, updated in place, keeps the latest correct rollout of each problem id. In a group without a correct one
-    the sink's rollout replaces one rollout at random. Every other group is returned as it came. `Config.rescue_ratio`
-    says how much the borrowed rollout counts, now that the policy is another.
+    The sink, a `data.Sink` or a dict, is updated in place and keeps the latest correct rollout of each problem id. In a
+    group without a correct one the sink's rollout replaces one rollout at random. Every other group is returned as it
+    came. `Config.rescue_ratio` says how much the borrowed rollout counts, now that the policy is another.
 
     Source: blog, Rollout Rescue and its figure.
     Differs from the release: there it was announced but never published.
@@ -357,9 +349,9 @@ def rescue(groups: Sequence[Group], sink: MutableMapping[str, Rollout], rng: ran
         correct = [rollout for rollout in group.rollouts if rollout.correct]
         if correct:
             sink[group.problem.id] = rng.choice(correct)
-        elif group.problem.id in sink:
+        elif (borrowed := sink.get(group.problem.id)) is not None:
             rollouts = list(group.rollouts)
-            rollouts[rng.randrange(len(rollouts))] = replace(sink[group.problem.id], rescued=True)
+            rollouts[rng.randrange(len(rollouts))] = replace(borrowed, rescued=True)
             group = replace(group, rollouts=rollouts)
         rescued_groups.append(group)
     return rescued_groups
@@ -411,9 +403,8 @@ def set_advantages(groups: Sequence[Group], kind: Advantage = "grpo") -> None:
             rollout.advantage = value
 
 
-def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, dual_clip: float
-) -> tuple[Tensor, Tensor]:
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float,
+                dual_clip: float) -> tuple[Tensor, Tensor]:
     """Take the clipped policy-gradient loss of every token, and whether clipping stopped its gradient.
 
     logprobs, old_logprobs: (N,) nats, at the sampling temperature; advantages: (N,), one per token.
@@ -494,10 +485,8 @@ def temperature_zones(accuracy: Mapping[float, float], noise: Mapping[float, flo
     return Zones(robust, exploration)
 
 
-def pick_temperature(
-    accuracy: Mapping[float, float], diversity: Mapping[float, float], *, match: float | None = None,
-    noise: Mapping[float, float] | None = None,
-) -> float:
+def pick_temperature(accuracy: Mapping[float, float], diversity: Mapping[float, float], *, match: float | None = None,
+                     noise: Mapping[float, float] | None = None) -> float:
     """Choose a stage's temperature from a probe: curves of temperature -> accuracy and temperature -> diversity.
 
     A first stage takes the border of robust generation: the most diversity that costs no accuracy. A later one takes
@@ -634,17 +623,15 @@ TOY = Path(__file__).parent / "tools" / "toy_world"
 PRESETS = {
     "recipe": Config(checkpoint_every=5),
     "polaris-4b": _published("Qwen/Qwen3-4B", "450:1.4:39936", "150:1.45:48128:reset", "100:1.5:52224:reset"),
-    "polaris-7b": _published(
-        "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "520:0.7:15360", "370:1.0:23552:reset", "590:1.1:31744:reset"
-    ),
+    "polaris-7b": _published("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "520:0.7:15360", "370:1.0:23552:reset",
+                             "590:1.1:31744:reset"),
     # 500 steps in all; where the second stage began is not published
     "polaris-1.7b": _published("Qwen/Qwen3-1.7B", "350:1.5:39936", "150:1.55:48128:reset"),
 }
 _WORKSTATION: dict[str, Any] = {
     "prompts_per_step": 32, "max_response_tokens": 32768, "lora_rank": 32, "lr": 1e-5, "optimizer": "adamw8bit",
     "gradient_checkpointing": True, "tokens_per_micro_batch": 33792, "rollouts_per_batch": 16, "offload_policy": True,
-    "checkpoint_every": 1,
-}  # fmt: skip
+    "checkpoint_every": 1}  # fmt: skip
 """Source: the release's author on small machines (issues #4, #18: batch 32, up to 32768 tokens); LoRA is ours."""
 PRESETS |= {
     "rtx-24gb": replace(PRESETS["polaris-1.7b"], **_WORKSTATION),
@@ -652,7 +639,6 @@ PRESETS |= {
     "toy": Config(
         model=str(TOY / "model"), data=str(TOY / "problems.jsonl"), eval_data=str(TOY / "held_out.jsonl"),
         prompt_suffix="", max_prompt_tokens=64, stages=("40:1.0:80", "40:1.1:128"), prompts_per_step=32, lr=2e-4,
-        eval_every=10,
-    ),
+        eval_every=10),
 }  # fmt: skip
 PRESETS = {name: replace(preset, preset=name) for name, preset in PRESETS.items()}

@@ -37,7 +37,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache,
-                          PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase)
+                          PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TopKLogitsWarper,
+                          TopPLogitsWarper)
 from transformers.utils import cached_file
 
 from data import append_lines, read_lines
@@ -46,7 +47,6 @@ from polaris_mini import (Common, Config, Group, Problem, Rollout, UserError,
 from reward import Grade, RewardPool
 
 # ------------------------------------------------------- models, devices, ranks
-
 def load_tokenizer(name: str, settings: Common) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or the hub. Raises: UserError if there is none, or one that cannot be used."""
     source = name if (Path(name) / "tokenizer_config.json").is_file() else base_model(name)  # an adapter may lack one
@@ -175,9 +175,7 @@ def resolve_dtype(settings: Common, device: torch.device) -> torch.dtype:
 
 def autocast(device: torch.device, dtype: torch.dtype, cache: bool = True) -> contextlib.AbstractContextManager:
     """Compute in `dtype` whatever the weights are stored in; do nothing for float32."""
-    if dtype in (torch.bfloat16, torch.float16):
-        return torch.autocast(device.type, dtype, cache_enabled=cache)
-    return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=cache)
 
 
 def load_policy(config: Config, checkpoint: Path | None = None) -> nn.Module:
@@ -238,7 +236,6 @@ def start_ranks(config: Config) -> None:
 
 
 # ------------------------------------------------------------------------- the engine
-
 ENGINE_SHARE = 0.1  # of a GPU's memory, for vLLM's activations, CUDA graphs and what else there is
 KV_BLOCK = 128  # tokens; vLLM rounds each sequence up to its block, which is no larger
 Prompts = Sequence[Sequence[int]]  # token ids
@@ -312,16 +309,15 @@ class HFEngine:
         model = causal_lm(self.policy)
         head = model.get_output_embeddings()
         longest = max(map(len, prompts))
-        padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]  # left, so that all end together
+        padded = [[0] * (longest - len(p)) + list(p) for p in prompts]  # on the left, so that all end together
         tokens = torch.tensor(padded, device=self.device)  # (B, L)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        mask = torch.arange(longest, device=self.device) >= longest - lengths[:, None]  # (B, L) bool
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, L)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)  # (B, L)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
         cache = DynamicCache(config=model.config)
         responses = [Response([], [], "length") for _ in prompts]
         decoding = list(responses)  # the response of each sequence; sequences leave as they end
         for _ in range(sampling.max_tokens):
-            hidden = model.base_model(input_ids=tokens, attention_mask=mask.long(), position_ids=positions,
+            hidden = model.base_model(input_ids=tokens, attention_mask=mask, position_ids=positions,
                                       past_key_values=cache, use_cache=True).last_hidden_state[:, -1]  # (B, H)
             logprobs = torch.log_softmax(head(hidden).float() / sampling.temperature, dim=-1)  # (B, V)
             tokens = torch.multinomial(_truncate(logprobs, sampling).exp(), 1, generator=generator)  # (B, 1)
@@ -362,12 +358,9 @@ def _decoding(policy: nn.Module) -> Iterator[None]:
 def _truncate(logprobs: Tensor, sampling: Sampling) -> Tensor:
     """Set tokens outside top-k and top-p to -inf; `multinomial` renormalises the rest."""
     if sampling.top_k > 0:
-        limit = logprobs.topk(min(sampling.top_k, logprobs.shape[-1])).values[:, -1:]
-        logprobs = logprobs.masked_fill(logprobs < limit, -math.inf)
+        logprobs = TopKLogitsWarper(sampling.top_k)(None, logprobs)  # type: ignore[arg-type]
     if sampling.top_p < 1.0:
-        ordered, order = logprobs.softmax(-1).sort(descending=True)
-        outside = ordered.cumsum(-1) - ordered >= sampling.top_p  # the token that crosses top_p still counts
-        logprobs = logprobs.masked_fill(outside.scatter(1, order, outside), -math.inf)
+        logprobs = TopPLogitsWarper(sampling.top_p)(None, logprobs)  # type: ignore[arg-type]
     return logprobs
 
 
@@ -552,7 +545,6 @@ def kv_cache_bytes(config: PretrainedConfig, settings: Common, max_tokens: int, 
 
 
 # ---------------------------------------------------------------- groups and their grades
-
 Engine = HFEngine | VLLMEngine
 Grading = tuple[Rollout, "Future[Grade]"]
 
@@ -587,8 +579,6 @@ def sample_groups(engine: Engine, pool: RewardPool, problems: Sequence[Problem],
                 drawn = Rollout(problem.id, problem.prompt_tokens, r.tokens, r.sampler_logprobs, text, r.finish_reason)
                 groups[i].rollouts.append(drawn)
                 gradings.append((drawn, pool.submit((text, problem.answers, drawn.truncated), problem)))
-            tokens = sum(len(rollout.response_tokens) for rollout, _ in gradings)
-            progress.set_postfix_str(f"{tokens / (progress.format_dict['elapsed'] + 1e-6):,.0f} tokens/s")
             progress.update()
     return [groups[i] for i in range(len(problems))], gradings
 
@@ -603,7 +593,6 @@ def set_rewards(groups: list[Group], gradings: Sequence[Grading]) -> list[Group]
 
 
 # ------------------------------------------------------------- evaluation, temperature probe
-
 @dataclass(frozen=True)
 class Evaluation:
     """How good a policy is on a set of problems."""
