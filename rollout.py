@@ -579,6 +579,8 @@ def sample_groups(engine: Engine, pool: RewardPool, problems: Sequence[Problem],
                 drawn = Rollout(problem.id, problem.prompt_tokens, r.tokens, r.sampler_logprobs, text, r.finish_reason)
                 groups[i].rollouts.append(drawn)
                 gradings.append((drawn, pool.submit((text, problem.answers, drawn.truncated), problem)))
+            tokens = sum(len(rollout.response_tokens) for rollout, _ in gradings)
+            progress.set_postfix_str(f"{tokens / (progress.format_dict['elapsed'] + 1e-6):,.0f} tokens/s")
             progress.update()
     return [groups[i] for i in range(len(problems))], gradings
 
