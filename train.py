@@ -60,7 +60,6 @@ from rollout import (
 )
 
 # ---------------------------------------------------------------------------- the loop
-
 def train(run: Run, stop: StopSignal) -> None:
     """Run every step that is still to do."""
     config, state, metrics = run.config, run.state, {"time/save": 0.0}
@@ -247,7 +246,6 @@ def evaluate_policy(run: Run, stop: StopSignal) -> None:
 
 
 # -------------------------------------------------------------------------- the update
-
 def update_policy(run: Run, batch: Sequence[Group]) -> dict[str, float | None]:
     """Take `updates_per_batch` optimizer steps, each on its share of the groups, and return what they did.
 
@@ -531,7 +529,6 @@ def compare_ranks(run: Run, batch: Sequence[Group]) -> None:
 
 
 # ---------------------------------------------------------- the policy and its checkpoints
-
 def set_up(config: Config) -> Run:
     """Load and check everything, cheapest first, so that wrong input ends before it costs time."""
     device, folder = resolve_device(config.device), run_folder(config)
@@ -667,7 +664,6 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
 
 
 # --------------------------------------------------------- the run's folder, the log, signals
-
 def run_folder(config: Config) -> Path:
     """Choose the folder of a new run, or the resumed one; rank 0 chooses for all ranks."""
     folder = Path(gather(config.resume or config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")[0])
@@ -822,7 +818,6 @@ class StopSignal:
 
 
 # -------------------------------------------------------------------- the command line
-
 FIXED_IN_A_RUN = ("model", "data", "seed", "optimizer", "lora_rank", "lora_alpha", "quantize_base", "eval_data",
                   "eval_problems", "prompt_suffix", "preset")  # fmt: skip
 
