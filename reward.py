@@ -222,12 +222,12 @@ def same_text(answer: str, gold: str) -> bool | None:
 
 def _left_out(text: str, read: str = "") -> tuple[list[str], list[str]]:
     """Return the words of an answer, and its digits and commas, that are not in the part that math-verify has read."""
-    tokens = []
+    tokens: list[list[str]] = []
     for part in (text, read):
         part = re.sub(r"\\[lc]?dots|\.{3}", "…", UNIT.sub("", part))
         part = re.sub(r"\\[A-Za-z]+", " ", re.sub(r"(?<=[A-Za-z])\.", "", part)).lower()
         tokens.append(re.findall(r"\d|[,;…]|[a-z]+", re.sub("(?<=[a-z])/(?=[a-z])", " per ", part)))
-    edits = SequenceMatcher(None, *tokens, autojunk=False).get_opcodes()
+    edits = SequenceMatcher(None, tokens[0], tokens[1], autojunk=False).get_opcodes()
     left = [token for kind, start, end, *_ in edits if kind in ("delete", "replace") for token in tokens[0][start:end]]
     return [x for x in left if x.isalpha() and x not in IDLE], [x for x in left if not x.isalpha()]
 
@@ -320,7 +320,8 @@ def _prose(text: str) -> int:
 
 def _read_golds(answers: object) -> tuple[list[str], str]:
     """Return the usable ground truths, normalized, and what is wrong with the last unusable one."""
-    golds, fault = [], "is empty"
+    golds: list[str] = []
+    fault = "is empty"
     for answer in answers if isinstance(answers, list | tuple) else [answers]:
         if isinstance(answer, float) and math.isfinite(answer):
             answer = int(answer) if answer.is_integer() else f"{answer:.15g}"  # 0.30000000000000004 was 0.3
