@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # importing transformers takes seconds, which a typo in a fil
 
 HUB = re.compile(r"([\w-][\w.-]*/[^/:]+)(?::([^:[]*)(?=:))?(?::(.*))?")  # owner/name:configuration:split
 SHARD = re.compile(r"(?!dataset_(?:dict|infos?)\.)[^._].*\.(?:parquet|jsonl?|jsonl\.gz)")
+SPLIT = re.compile(r"(?:(?:train|test|validation|val|dev|eval)(?![A-Za-z]))?")
 CheckAnswers = Callable[[Sequence[str]], str | None]  # says why answers cannot be graded; None if they can
 
 
@@ -54,7 +55,7 @@ def forget_lines(path: Path, last: float = math.inf, order: str = "step") -> Non
     """Cut a log, whose lines are in order of step, back to the last one to keep; drop a line that a kill cut short."""
     if not path.exists() or path.stat().st_size == 0:  # an empty file has no map
         return
-    with path.open("rb+") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+    with path.open("rb+") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as text:
         end = text.rfind(b"\n") + 1
         while last < math.inf and end > 0:  # backwards from the end, as a log can have gigabytes
             start = text.rfind(b"\n", 0, end - 1) + 1
@@ -141,7 +142,7 @@ def load_problems(source: str, *, check_answers: CheckAnswers = lambda answers: 
 
 def read_records(source: str) -> Iterator[tuple[str, Any]]:
     """Yield the records of a file, a folder or a hub data set (as the error says) with places; of jsonl as bytes."""
-    name, _, split = (source, "", "") if Path(source).exists() else source.partition(":")
+    name, _, split = source.rpartition(":") if ":" in source and not Path(source).exists() else (source, "", "")
     path = Path(name if Path(name).is_dir() else source)
     try:
         saved = path / (split or "train") if (path / "dataset_dict.json").exists() else path
@@ -150,9 +151,12 @@ def read_records(source: str) -> Iterator[tuple[str, Any]]:
             rows = load_from_disk(saved)
         elif path.is_dir():
             files = sorted(file for file in path.iterdir() if SHARD.fullmatch(file.name))
-            rows = [file for file in files if file.name.startswith(split or "train")] or ([] if split else files)
+            named = {file: SPLIT.findall(file.name)[0] for file in files}
+            rows = [file for file in files if named[file] == (split or "train")]
+            rows = rows or [file for file in files if not split and not named[file]]
             if len({file.suffix for file in rows}) != 1:
-                raise ValueError(f"it needs files of one kind, and has {sorted(f.name for f in path.iterdir())!s:.200}")
+                raise ValueError(f"it needs files of one kind{f' that begin with {split}' * bool(split)}, and has "
+                                 f"{sorted(file.name for file in path.iterdir())!s:.200}")
         elif path.suffix == ".parquet":
             from pyarrow import parquet
             rows = parquet.ParquetFile(path).read().to_pylist()
@@ -208,7 +212,7 @@ def to_problem(record: Any, place: str) -> Problem:
     text = _text(text, f"{place}: problem")
     truths = truth if isinstance(truth, list) and truth else [truth]
     texts = [_text(answer, f"{place}: answer") for answer in truths]  # of GSM8K's solutions only the last line counts
-    answers = tuple(dict.fromkeys(re.sub(r"(?s)\A.*####[ \t]*(?=\S[^\n]*\Z)", "", text) for text in texts))
+    answers = tuple(dict.fromkeys(re.split(r"####(?=[^\n]+\Z)", text)[-1].strip() for text in texts))
     system = None if system is None else _text(system, f"{place}: system")
     problem_id = details.get("id", details.get("index", hashlib.sha256(text.encode()).hexdigest()[:12]))
     return Problem(_text(problem_id, f"{place}: id"), text, answers, rate, system)

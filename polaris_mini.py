@@ -163,7 +163,7 @@ class Config(Common):
     """Every setting of a run. The defaults are the released training values, in one stage; presets change them."""
 
     preset: str = "recipe"  # Where defaults come from: a key of PRESETS. toy: a tiny model learns sums on a CPU.
-    data: str = ""  # Problems: a jsonl, json or parquet file, a folder, or a hub data set (owner/name:config:split).
+    data: str = ""  # Problems: a jsonl, json or parquet file, a folder, or a hub data set (owner/name, with :split).
     run_dir: str | None = None  # Folder of this run; made by training, never overwritten. Default: runs/<time>.
     resume: str | None = None  # Folder of a run to go on with; its config is the default for every other option.
 
@@ -600,7 +600,7 @@ def health(metrics: Sequence[Mapping[str, Any]], steps: int = 10) -> dict[str, s
             found[name] = f"{metric} fell from {mean(metric, first):.3g} to {mean(metric, last):.3g}: {advice}"
     share, reason = max((mean(f"reward/{reason}", last), reason) for reason in UNSOLVED)
     for name, metric, limit, advice in (
-        ("unsolved", "reward/solve_none", 1, f"nothing is learned; {share:.0%} are {reason}: {UNSOLVED[reason]}"),
+        ("unsolved", "reward/solve_none", 1, f"no gradient; {share:.0%} are graded {reason}: {UNSOLVED[reason]}"),
         ("solved", "reward/solve_all", 1, "nothing is learned: give harder problems (python tools/difficulty.py)"),
         ("timeouts", "reward/timeout", 0.25, f"late answers earn 0: {UNSOLVED['timeout']}"),
         ("truncated", "response/truncated", 0.25, f"cut responses earn 0: {UNSOLVED['truncated']}"),

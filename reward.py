@@ -325,7 +325,7 @@ def _read_golds(answers: object) -> tuple[list[str], str]:
     for answer in answers if isinstance(answers, list | tuple) else [answers]:
         if isinstance(answer, float) and math.isfinite(answer):
             answer = int(answer) if answer.is_integer() else f"{answer:.15g}"  # 0.30000000000000004 was 0.3
-        full = str(answer).rpartition("####")[2]  # or a whole solution, which boxes its answer, or at least states it
+        full = re.split(r"####(?=[^\n]+\Z)", str(answer))[-1]  # of a whole solution; or it boxes or states its answer
         text = [part for part in (full, *STATED.findall(full), boxed_answer(full)) if part is not None][-1]
         text += "}" * (len(re.findall(r"(?<!\\)\{", text)) - len(re.findall(r"(?<!\\)\}", text)))  # as in a box
         text = text if TOO_BIG.search(text.strip()) else normalize(text)

@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ def load_tokenizer(name: str, settings: Common) -> PreTrainedTokenizerBase:
         raise UserError(f"model is {name}: its tokenizer has no eos_token, so no response could end; set one")
     if isinstance(named := tokenizer.chat_template, dict) and "default" not in named:
         raise UserError(f"model is {name}: its chat templates are {', '.join(sorted(named))}, and none is default: "
-                        "copy one to chat_template.jinja in its folder")
+                        "download the model, and copy one of them to chat_template.jinja in its folder")
     return tokenizer
 
 
@@ -85,12 +86,12 @@ def load_model(name: str, settings: Common, dtype: torch.dtype, *, rope: Mapping
         if base != name:
             from peft import PeftModel  # slow to import, and only LoRA needs it
             model = PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"model is {name}: it does not load ({one_line(error)})") from error
     try:
-        if model.can_generate():
+        if model.generation_config is not None:
             model.generation_config.validate(strict=True)
-    except ValueError as error:  # transformers has read what it would not write: sample if it says how, drop the rest
+    except ValueError as error:  # transformers would not write them: sample where they say how, drop all others
         greedy = model.generation_config.temperature == 0
         for setting, reason in re.findall(r"^- `(\w+)`: (.*)", str(error), re.MULTILINE):
             sampling = "do_sample" in reason and not greedy
@@ -98,20 +99,27 @@ def load_model(name: str, settings: Common, dtype: torch.dtype, *, rope: Mapping
     return model if four_bits else model.to(device)  # type: ignore[arg-type]
 
 
-def check_model(name: str, tokenizer: PreTrainedTokenizerBase, settings: Common, max_tokens: int) -> None:
-    """See before its weights are loaded whether a model has all tokens, and as many positions, as it will be given."""
+def check_model(name: str, settings: Common, problems: Sequence[Problem], response_tokens: int) -> int:
+    """Return how many tokens prompt and response may have, once the model's config has room for them.
+
+    Raises: UserError before weights are loaded, if the model lacks positions, or a row for a token of a prompt.
+    """
     base = base_model(name)
     try:
         text = AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code).get_text_config()
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
         raise UserError(f"model is {name}: it does not load ({one_line(error)})") from error
-    tokens, positions = max(tokenizer.get_vocab().values()) + 1, getattr(text, "max_position_embeddings", math.inf)
-    if tokens > text.vocab_size:
-        raise UserError(f"model is {name}: its tokenizer has {tokens} tokens, its embedding {text.vocab_size} rows: "
-                        "take the tokenizer that it was trained with, or resize and train the embedding first")
-    if max_tokens > positions and not getattr(text, "rope_parameters", None):  # a table of them, which has an end
-        raise UserError(f"model is {name}: it has {positions} positions, prompt and response up to {max_tokens} "
-                        "tokens: lower --max-response-tokens, or --max-prompt-tokens with --skip-bad-rows")
+    longest = max(len(problem.prompt_tokens) for problem in problems) + response_tokens
+    largest = max(max(problem.prompt_tokens) for problem in problems)
+    rows, positions = (getattr(text, key, math.inf) for key in ("vocab_size", "max_position_embeddings"))
+    if largest >= rows:
+        raise UserError(f"model is {name}: a prompt has token {largest}, and the embedding has {rows} rows: take the "
+                        "model's own tokenizer, or resize the embedding and train it first")
+    rotary = any(getattr(text, key, None) for key in ("rope_parameters", "rope_theta", "rope_scaling"))
+    if longest > positions and not rotary:  # learned ones are a table, which has an end
+        raise UserError(f"model is {name}: it has {positions} positions, prompt and response up to {longest} tokens: "
+                        "lower --max-response-tokens, or --max-prompt-tokens with --skip-bad-rows")
+    return longest
 
 
 def one_line(error: BaseException) -> str:
@@ -123,13 +131,15 @@ def base_model(name: str) -> str:
     adapter = Path(name).expanduser() / "adapter_config.json"
     if not adapter.is_file():
         return name
-    base = str(json.loads(adapter.read_text()).get("base_model_name_or_path"))
-    base = next((str(up / base) for up in (Path.cwd(), *adapter.absolute().parents) if (up / base).is_dir()), base)
+    base = "of no name"
     try:
+        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        above = [str(up / base) for up in (Path.cwd(), *adapter.absolute().parents)]
+        base = next((folder for folder in above if (Path(folder) / "config.json").is_file()), base)
         cached_file(base, "config.json")
-    except OSError as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"model is {name}: the base of this adapter, {base}, is no folder, here or above it, and not "
-                        f"on the hub: write where it is into {adapter}") from error
+                        f"on the hub ({one_line(error)}): write the base's place into {adapter}") from error
     return base
 
 
@@ -366,11 +376,12 @@ def _truncate(logprobs: Tensor, sampling: Sampling) -> Tensor:
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, listed: int | list[int] | None) -> list[int]:
     """Return the tokens that end a response: the tokenizer's, those listed by the model, and the chat template's."""
-    turns, after = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "MARK"}], ""
+    turns, after = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "MARK7f3"}], ""
     with contextlib.suppress(TemplateError, ValueError, TypeError):  # a template may take no such conversation
-        after = str(tokenizer.apply_chat_template(turns, tokenize=False)).partition("MARK")[2]
-    tokens = tokenizer(after, add_special_tokens=False)["input_ids"]
-    ends = [token for token in tokens if token in tokenizer.added_tokens_decoder][:1]
+        after = str(tokenizer.apply_chat_template(turns, tokenize=False)).partition("MARK7f3")[2]
+    added = {token: str(text) for token, text in tokenizer.added_tokens_decoder.items()}
+    ends = [token for token in tokenizer(after, add_special_tokens=False)["input_ids"]
+            if added.get(token, "").strip() and "think" not in added[token]][:1]
     return sorted({tokenizer.eos_token_id, *ends, *([listed] if isinstance(listed, int) else listed or [])})
 
 
@@ -518,7 +529,9 @@ def check_space(policy: nn.Module, config: Config, folder: Path) -> None:
     each = trained * (4 + (0 if config.optimizer == "sgd" else 2 if "8bit" in config.optimizer else 8))
     count = min(config.keep_checkpoints, -(-config.total_steps // config.checkpoint_every)) + 1
     held = sum(path.stat().st_size for path in folder.glob("checkpoints/*/*") if path.is_file())
-    need, free = count * each / 1e9, (held + shutil.disk_usage(folder).free) / 1e9
+    checkpoints = folder.absolute() / "checkpoints"
+    disk = next(path for path in (checkpoints, *checkpoints.parents) if path.exists())
+    need, free = count * each / 1e9, (held + shutil.disk_usage(disk).free) / 1e9
     if need > free:
         raise UserError(f"run_dir is {folder}: {count} checkpoints take {need:,.3f} GB, and {free:,.3f} GB are free: "
                         "make room, lower --keep-checkpoints, or give another --run-dir")

@@ -38,7 +38,7 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 import tyro
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
@@ -230,7 +230,8 @@ def choose_temperature(run: Run, stage: Stage, stop: StopSignal) -> float:
 def evaluate_policy(run: Run, stop: StopSignal) -> None:
     """Measure the held-out pass rate after the steps that ask for it, unless that is in the log already."""
     config, state, log = run.config, run.state, run.folder / "evaluations.jsonl"
-    due = config.eval_every >= 0 and (state.step % (config.eval_every or math.inf) == 0 or is_over(config, state))
+    regular = config.eval_every > 0 and state.step % config.eval_every == 0
+    due = config.eval_every >= 0 and (state.step == 0 or regular or is_over(config, state))
     if not due or any(line["step"] == state.step for line in data.read_lines(log)):
         return
     first = config.schedule[0].temperature
@@ -535,8 +536,7 @@ def set_up(config: Config) -> Run:
     training, held_out = data.training_and_held_out(config, (lambda answers: None) if config.reward else check_answer)
     tokenizer = load_tokenizer(config.model, config)
     training, held_out = (data.encode_prompts(problems, tokenizer, config) for problems in (training, held_out))
-    longest = max(len(problem.prompt_tokens) for problem in [*training, *held_out]) + config.longest_response
-    check_model(config.model, tokenizer, config, longest)
+    longest = check_model(config.model, config, [*training, *held_out], config.longest_response)
     sampler = ProblemSampler(training, config.seed)
     pool = RewardPool(config.reward_workers, config.reward_timeout, config.require_think and data.thinks(tokenizer),
                       function=config.reward)  # fmt: skip
@@ -547,6 +547,8 @@ def set_up(config: Config) -> Run:
         sampler.load_state_dict(saved["sampler"])
     sampler.peek(config.prompts_per_step)  # an error if there are too few problems
     policy = load_policy(config, checkpoint)
+    if rank() == 0:
+        check_space(policy, config, folder)
     check_packing(policy, config)
     optimizer = make_optimizer(policy, config)
     scaler = torch.amp.GradScaler(device.type, enabled=resolve_dtype(config, device) == torch.float16)
@@ -558,7 +560,6 @@ def set_up(config: Config) -> Run:
         restore(run, saved)
     if rank() == 0:
         begin_logs(run, training)
-        check_space(policy, config, folder)
     gather(None)  # nobody reads the folder before rank 0 has made it
     run.note(f"{config.model} on {rank_count()} x {device}, engine {type(engine).__name__}; {len(training):,} training "
              f"and {len(held_out):,} held-out problems; run folder {folder}")
@@ -611,13 +612,12 @@ def save_checkpoint(run: Run) -> None:
                 # in the old format, whose error says what the disk said
                 torch.save(tensors, unfinished / "optimizer.pt", _use_new_zipfile_serialization=False)
                 data.append_lines(unfinished / "sink.jsonl", map(asdict, run.sink.changes.values()))
-                if run.state.step == 0:  # before a run spends time it reads back what it will need
+                if run.state.step == 0:  # what cannot be read again should be known before the run spends time
                     read_checkpoint(unfinished)
-                    files = [safe_open(file, "pt") for file in unfinished.glob("*.safetensors")]
-                    shapes = [f.get_slice(name).get_shape() for f in files for name in f.keys()]  # noqa: SIM118
-                    saved = sum(map(math.prod, shapes))
-                    if saved < (trained := sum(p.numel() for p in run.policy.parameters() if p.requires_grad)):
-                        raise UserError(f"{trained:,} weights train, and only {saved:,} are in its files")
+                    size = sum(path.stat().st_size for path in unfinished.glob("*.safetensors"))
+                    trained = sum(p.numel() for p in run.policy.parameters() if p.requires_grad)  # float32
+                    if size < 4 * trained:
+                        raise UserError(f"the model trains {trained:,} weights, but its files have {size:,} bytes")
         except Exception as error:  # each library has its own
             raise UserError(f"{folder}: cannot be saved ({one_line(error)}); mend that, then --resume {run.folder}"
                             ) from error
@@ -668,7 +668,8 @@ def run_folder(config: Config) -> Path:
     """Choose the folder of a new run, or the resumed one; rank 0 chooses for all ranks."""
     folder = Path(gather(config.resume or config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")[0])
     if config.resume is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"run_dir is {folder}: it exists already; go on with --resume {folder}, or give another")
+        resume = f"go on with --resume {folder}, or " if (folder / "config.json").exists() else ""
+        raise UserError(f"run_dir is {folder}: it exists already; {resume}give another")
     above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise UserError(f"run_dir is {folder}: nothing can be made in {above}; give another --run-dir")

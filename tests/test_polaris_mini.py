@@ -431,7 +431,7 @@ def test_health_names_what_goes_wrong_and_only_that(name, change, below):
 @pytest.mark.parametrize("reason", UNSOLVED)
 def test_health_says_which_reason_prevails_where_nothing_is_right(reason):
     change = {"reward/solve_none": 1.0, "response/truncated": 0.9, f"reward/{reason}": 0.24}  # the others have less
-    assert f"; nothing is learned; 24% are {reason}: {UNSOLVED[reason]}" in after(change)["unsolved"]
+    assert f"; no gradient; 24% are graded {reason}: {UNSOLVED[reason]}" in after(change)["unsolved"]
     assert "unsolved" not in after({**change, "reward/solve_none": 0.9})
     assert "--no-require-think" in UNSOLVED["no_think_end"]
 

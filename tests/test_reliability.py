@@ -389,8 +389,8 @@ def test_a_warning_comes_once_also_over_a_resume(begin, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "advice"), [
-    (["--max-response-tokens", "1"], "% are truncated: raise --max-response-tokens"),
-    (["--no-require-think"], "are no_answer: let --prompt-suffix ask for a box"),
+    (["--max-response-tokens", "1"], "% are graded truncated: raise --max-response-tokens"),
+    (["--no-require-think"], "are graded no_answer: let --prompt-suffix ask for a box"),
 ])
 def test_where_nothing_is_right_the_prevailing_reason_is_said(soak, tmp_path, options, advice):
     own_reward = soak.options.index("--reward")

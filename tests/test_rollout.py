@@ -311,21 +311,20 @@ def test_only_a_learned_table_of_positions_has_an_end(tmp_path, kind, positions)
     named = {} if kind == "bloom" else {"max_position_embeddings": 64}
     layers = {"attention_types": [[["global", "local"], 1]], "num_layers": 2} if kind == "gpt_neo" else {}
     AutoConfig.for_model(kind, **SMALL | named | layers).save_pretrained(tmp_path)
-    check_model(str(tmp_path), TOKENIZER, Config(), 64)
+    problems = [Problem("1", "", ("1",), prompt_tokens=(1,) * length) for length in (3, 4)]
+    assert check_model(str(tmp_path), Config(), problems, 60) == 64
     if positions is None:
-        check_model(str(tmp_path), TOKENIZER, Config(), 10_000)
+        assert check_model(str(tmp_path), Config(), problems, 10_000) == 10_004
     else:
         with pytest.raises(UserError, match=f"it has {positions} positions, prompt and response up to 65 tokens"):
-            check_model(str(tmp_path), TOKENIZER, Config(), 65)
+            check_model(str(tmp_path), Config(), problems, 61)
 
 
 def test_a_token_without_a_row_in_the_embedding_is_an_error(tmp_path):
-    tokenizer = toy.toy_tokenizer()
-    AutoConfig.for_model("qwen2", **SMALL | {"vocab_size": len(tokenizer)}).save_pretrained(tmp_path)
-    check_model(str(tmp_path), tokenizer, Config(), 10)
-    tokenizer.add_tokens(["<answer>"])
-    with pytest.raises(UserError, match=f"has {len(tokenizer)} tokens, its embedding {len(tokenizer) - 1} rows"):
-        check_model(str(tmp_path), tokenizer, Config(), 10)
+    AutoConfig.for_model("qwen2", **SMALL).save_pretrained(tmp_path)
+    check_model(str(tmp_path), Config(), [Problem("1", "", ("1",), prompt_tokens=(1, 49))], 10)
+    with pytest.raises(UserError, match="a prompt has token 50, and the embedding has 50 rows"):
+        check_model(str(tmp_path), Config(), [Problem("1", "", ("1",), prompt_tokens=(1, 50, 2))], 10)
 
 
 @pytest.mark.parametrize(("settings", "mended"), [

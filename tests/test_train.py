@@ -233,7 +233,7 @@ def test_a_model_that_cannot_be_saved_ends_the_run_before_anything_is_drawn(sums
         PRESETS["toy"].model).state_dict().items() if "layers.0" in name}
     options = [*SHORT, "--data", sums, "--steps", 1, "--run-dir", run]
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda self, place: real(self, place, state_dict=half))
-    with pytest.raises(UserError, match=r"step_000000: cannot be saved \(.* weights train, and only"):
+    with pytest.raises(UserError, match=r"step_000000: cannot be saved \(.* weights, but its files"):
         start(*options)
     monkeypatch.undo()
     (run / "checkpoints").rmdir()

@@ -236,11 +236,11 @@ class Session:
         check = (lambda answers: None) if options.reward else check_answer  # a function of the user's reads its own
         loaded = data.load_problems(source, check_answers=check, skip_bad_rows=options.skip_bad_rows)
         problems = data.encode_prompts(loaded, self.tokenizer, options)
-        longest = max(len(problem.prompt_tokens) for problem in problems) + options.max_response_tokens
-        check_model(options.model, self.tokenizer, options, longest)
         if 0 < options.problems < len(problems):  # chosen by the seed and the id, wherever in the file it stands
             problems.sort(key=lambda problem: hashlib.sha256(f"{options.seed}:{problem.id}".encode()).digest())
-        return problems[: options.problems or None]
+            problems = problems[: options.problems]
+        check_model(options.model, options, problems, options.max_response_tokens)
+        return problems
 
     def measure(
         self, source: str, problems: Sequence[Problem], rollouts: int, temperature: float,
@@ -428,7 +428,7 @@ def max_positions(options: Eval) -> int:
     text = config.get_text_config()
     if "rope_type" not in (getattr(text, "rope_parameters", None) or {}) or getattr(text, "alibi", False):
         raise UserError(f"yarn_factor is {options.yarn_factor:g}: {options.model} ({config.model_type}) has no rotary "
-                        "positions, alike in all layers, that YaRN could stretch; leave it out")
+                        "positions, alike in all layers, that YaRN could stretch; leave --yarn-factor out")
     return options.original_max_positions or text.max_position_embeddings
 
 

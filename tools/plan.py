@@ -270,8 +270,9 @@ def model_shape(config: Config) -> PretrainedConfig:
     """Return the configuration of the model, which has its shape."""
     if config.model in KNOWN_SHAPES:
         return KNOWN_SHAPES[config.model]
+    base = base_model(config.model)
     try:
-        return AutoConfig.from_pretrained(base_model(config.model), trust_remote_code=config.trust_remote_code)
+        return AutoConfig.from_pretrained(base, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"model is {config.model}: no config.json of it can be read; give a folder or a hub name like "
                          "Qwen/Qwen3-1.7B") from error
