@@ -619,8 +619,7 @@ def save_checkpoint(run: Run) -> None:
                     if size < 4 * trained:
                         raise UserError(f"the model trains {trained:,} weights, but its files have {size:,} bytes")
         except Exception as error:  # each library has its own
-            raise UserError(f"{folder}: cannot be saved ({one_line(error)}); mend that, then --resume {run.folder}"
-                            ) from error
+            raise UserError(f"{folder}: cannot be saved ({one_line(error)}); mend that, then --resume") from error
     if rank() == 0:  # also where a kill came between saving and this
         for path in sorted(folder.parent.glob("step_*"))[: -run.config.keep_checkpoints]:
             data.remove_whole(path)
@@ -668,8 +667,7 @@ def run_folder(config: Config) -> Path:
     """Choose the folder of a new run, or the resumed one; rank 0 chooses for all ranks."""
     folder = Path(gather(config.resume or config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")[0])
     if config.resume is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        resume = f"go on with --resume {folder}, or " if (folder / "config.json").exists() else ""
-        raise UserError(f"run_dir is {folder}: it exists already; {resume}give another")
+        raise UserError(f"run_dir is {folder}: it exists already; go on with --resume {folder}, or give another")
     above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise UserError(f"run_dir is {folder}: nothing can be made in {above}; give another --run-dir")

@@ -82,12 +82,14 @@ TURN, END = "{% for m in messages %}{{ m.role + m.content", "{% endfor %}"
 @pytest.mark.parametrize(("template", "ends"), [
     (TURN + " + ' <|end|>\n' }}" + END, ["<|end|>"]),
     (TURN + " + '<|user|><|end|>' }}" + END, ["<|user|>"]),
+    (TURN + " + '  </think><|end|>' }}" + END, ["<|end|>"]),  # neither a blank nor a thought ends a turn
     ("<|end|>" + TURN + " }}" + END, []), ("{{ '<|end|>' + messages[0].content }}", []), (None, []),
     ("{{ raise_exception('only one turn') if messages[1:] }}", []), ("{{ messages[0].nothing + 1 }}", []),
 ])
 def test_the_token_that_ends_a_turn_in_the_chat_template_ends_a_response(template, ends):
     """A base model's tokenizer has another end than its chat template."""
     tokenizer = toy.toy_tokenizer()
+    tokenizer.add_tokens(["  "])
     tokenizer.chat_template, tokenizer.eos_token = template, "<|pad|>"
     expected = sorted({tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(ends)})
     model = tiny_model("qwen3", tied=True)
