@@ -119,6 +119,7 @@ def test_rollouts_are_browsed_and_filtered(open_page):
 def test_a_rollout_is_opened_and_its_tokens_are_coloured(open_page):
     page = open_page()
     page.locator("summary").first.click()
+    page.locator("details pre").first.wait_for()  # the page fills a rollout in once it is open
     texts = page.locator("details").first.locator("pre").all_inner_texts()
     assert texts == ["</script><b>1 < 0</b>", "so \\boxed{0}"]
     tokens = page.locator("details pre span")
