@@ -37,9 +37,12 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache,
-                          PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TopKLogitsWarper,
-                          TopPLogitsWarper)
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
+                          BitsAndBytesConfig, DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase,
+                          TopKLogitsWarper, TopPLogitsWarper)
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import cached_file
 
 from data import append_lines, read_lines
@@ -309,28 +312,34 @@ class HFEngine:
             seed = random.Random(f"{sampling.seed}:{start}").getrandbits(63)
             generator = torch.Generator(self.device).manual_seed(seed)
             with torch.inference_mode(), autocast(self.device, self.dtype), _decoding(self.policy):
-                decoded = self._decode([prompts[i] for i in together], sampling, generator)
+                decoded = self._decode({i: prompts[i] for i in together}, together, sampling, generator)
             for i, response in zip(together, decoded, strict=True):
                 responses[i].append(response)
                 if len(responses[i]) == count and i not in finished:
                     yield i, responses[i]
 
-    def _decode(self, prompts: Prompts, sampling: Sampling, generator: torch.Generator) -> list[Response]:
+    def _decode(self, prompts: Mapping[int, Sequence[int]], order: Sequence[int], sampling: Sampling,
+                generator: torch.Generator) -> list[Response]:
         model = causal_lm(self.policy)
         head = model.get_output_embeddings()
-        longest = max(map(len, prompts))
-        padded = [[0] * (longest - len(p)) + list(p) for p in prompts]  # on the left, so that all end together
-        tokens = torch.tensor(padded, device=self.device)  # (B, L)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)  # (B, L)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
+        longest = max(map(len, prompts.values()))
+        padded = [[0] * (longest - len(p)) + list(p) for p in prompts.values()]  # on the left, so that all end together
+        tokens = torch.tensor(padded, device=self.device)  # (prompts, L)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts.values()], device=self.device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)  # (prompts, L)
         cache = DynamicCache(config=model.config)
-        responses = [Response([], [], "length") for _ in prompts]
+        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        responses = [Response([], [], "length") for _ in order]
         decoding = list(responses)  # the response of each sequence; sequences leave as they end
-        for _ in range(sampling.max_tokens):
+        for step in range(sampling.max_tokens):
             hidden = model.base_model(input_ids=tokens, attention_mask=mask, position_ids=positions,
                                       past_key_values=cache, use_cache=True).last_hidden_state[:, -1]  # (B, H)
+            if step == 0:  # each prompt went through the model once, however many responses it gets
+                rows = torch.tensor([[*prompts].index(i) for i in order], device=self.device)
+                cache.batch_select_indices(rows)
+                hidden, mask, positions = hidden[rows], mask[rows], positions[rows]
             logprobs = torch.log_softmax(head(hidden).float() / sampling.temperature, dim=-1)  # (B, V)
-            tokens = torch.multinomial(_truncate(logprobs, sampling).exp(), 1, generator=generator)  # (B, 1)
+            tokens = _draw(_truncate(logprobs, sampling).exp(), generator)  # (B, 1)
             chosen = logprobs.gather(1, tokens)[:, 0].tolist()
             ended = torch.isin(tokens[:, 0], self.stop_tokens).tolist()
             for response, token, logprob, end in zip(decoding, tokens[:, 0].tolist(), chosen, ended, strict=True):
@@ -351,13 +360,62 @@ class HFEngine:
         return responses
 
 
+class GrowingLayer(DynamicLayer):
+    """Keep keys and values, (B, heads, tokens, D), in memory that grows by half: a new token copies no old one."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        if start == 0 or end > self.memory[0].shape[2]:
+            shape = (*key_states.shape[:2], end + end // 2 + 64)
+            grown = [x.new_empty(*shape, x.shape[3]) for x in (key_states, value_states)]
+            for new, old in zip(grown, (self.keys, self.values) if start else (), strict=False):
+                new[:, :, :start] = old
+            self.memory, self.is_initialized = grown, True
+        for memory, states in zip(self.memory, (key_states, value_states), strict=True):
+            memory[:, :, start:end] = states
+        self.keys, self.values = (memory[:, :, :end] for memory in self.memory)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        length = self.get_seq_length()
+        self.memory = [memory[indices] for memory in self.memory]
+        self.keys, self.values = (memory[:, :, :length] for memory in self.memory)
+
+
+def decode_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+                     scaling: float, **others: Any) -> tuple[Tensor, None]:
+    """Attend from one token of each sequence over its cache: (B, heads, 1, D) each, returns (B, 1, heads, D).
+
+    PyTorch's own, with a mask, would first copy keys and values for each of the heads that share them.
+    """
+    if query.shape[2] > 1 or any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+    grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # (B, key heads, group, D)
+    scores = (grouped @ key.transpose(2, 3)).float() * scaling  # (B, key heads, group, tokens)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, -math.inf)
+    return (scores.softmax(-1).to(value.dtype) @ value).flatten(1, 2)[:, None], None
+
+
+AttentionInterface.register("decode", decode_attention)
+AttentionMaskInterface.register("decode", sdpa_mask)
+
+
+def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a token for each row of (B, V): (B, 1). One random number a row; `multinomial` takes V of them."""
+    limits = probabilities.double().cumsum(1)
+    drawn = torch.rand(len(limits), 1, generator=generator, device=limits.device, dtype=limits.dtype) * limits[:, -1:]
+    return torch.searchsorted(limits, drawn, right=True).clamp(max=limits.shape[1] - 1)
+
+
 @contextlib.contextmanager
 def _decoding(policy: nn.Module) -> Iterator[None]:
     """Switch to evaluation mode and to attention over a cache, and back."""
     model = causal_lm(policy)
     was_training, attention = policy.training, model.config._attn_implementation
     policy.eval()
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("decode")
     try:
         yield
     finally:

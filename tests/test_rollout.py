@@ -115,7 +115,7 @@ def test_what_is_missing_is_drawn_as_if_nothing_had_been_finished(rollouts_per_b
     e = engine(rollouts_per_batch=rollouts_per_batch)
     decoded: list[int] = []
     real = e._decode
-    e._decode = lambda given, *rest: decoded.append(len(given)) or real(given, *rest)  # type: ignore[method-assign]
+    e._decode = lambda given, order, *rest: decoded.append(len(order)) or real(given, order, *rest)  # type: ignore
     whole = dict(e.generate(prompts(10), 4, Sampling(1.0, 20, seed=3)))
     assert sorted(whole) == list(range(10))
     for finished in (list(whole)[:6], list(whole)[3:5], list(whole)):  # in the order in which they come
