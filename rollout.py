@@ -330,7 +330,7 @@ class HFEngine:
         cache = DynamicCache(config=model.config)
         cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         responses = [Response([], [], "length") for _ in order]
-        decoding = list(responses)  # the response of each sequence; sequences leave as they end
+        decoding, ends = list(responses), set(self.stop_tokens.tolist())  # sequences leave `decoding` as they end
         for step in range(sampling.max_tokens):
             hidden = model.base_model(input_ids=tokens, attention_mask=mask, position_ids=positions,
                                       past_key_values=cache, use_cache=True).last_hidden_state[:, -1]  # (B, H)
@@ -341,12 +341,11 @@ class HFEngine:
             logprobs = torch.log_softmax(head(hidden).float() / sampling.temperature, dim=-1)  # (B, V)
             tokens = _draw(_truncate(logprobs, sampling).exp(), generator)  # (B, 1)
             chosen = logprobs.gather(1, tokens)[:, 0].tolist()
-            ended = torch.isin(tokens[:, 0], self.stop_tokens).tolist()
-            for response, token, logprob, end in zip(decoding, tokens[:, 0].tolist(), chosen, ended, strict=True):
+            for response, token, logprob in zip(decoding, tokens[:, 0].tolist(), chosen, strict=True):
                 if response.finish_reason == "length":  # not ended before
                     response.tokens.append(token)
                     response.sampler_logprobs.append(logprob)
-                    response.finish_reason = "stop" if end else "length"
+                    response.finish_reason = "stop" if token in ends else "length"
             running = [i for i, response in enumerate(decoding) if response.finish_reason == "length"]
             if not running:
                 break
@@ -363,32 +362,31 @@ class HFEngine:
 class GrowingLayer(DynamicLayer):
     """Keep keys and values, (B, heads, tokens, D), in memory that grows by half: a new token copies no old one."""
 
+    keys: Any
+    values: Any
+    memory: list[Tensor]
+
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         start = self.get_seq_length()
-        end = start + key_states.shape[2]
+        end, news = start + key_states.shape[2], (key_states, value_states)
         if start == 0 or end > self.memory[0].shape[2]:
-            shape = (*key_states.shape[:2], end + end // 2 + 64)
-            grown = [x.new_empty(*shape, x.shape[3]) for x in (key_states, value_states)]
-            for new, old in zip(grown, (self.keys, self.values) if start else (), strict=False):
-                new[:, :, :start] = old
+            grown = [new.new_empty(*new.shape[:2], end + end // 2 + 64, new.shape[3]) for new in news]
+            for memory, old in zip(grown, (self.keys, self.values) if start else (), strict=False):
+                memory[:, :, :start] = old
             self.memory, self.is_initialized = grown, True
-        for memory, states in zip(self.memory, (key_states, value_states), strict=True):
-            memory[:, :, start:end] = states
+        for memory, new in zip(self.memory, news, strict=True):
+            memory[:, :, start:end] = new
         self.keys, self.values = (memory[:, :, :end] for memory in self.memory)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        length = self.get_seq_length()
-        self.memory = [memory[indices] for memory in self.memory]
+        length, self.memory = self.get_seq_length(), [memory[indices] for memory in self.memory]
         self.keys, self.values = (memory[:, :, :length] for memory in self.memory)
 
 
 def decode_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
                      scaling: float, **others: Any) -> tuple[Tensor, None]:
-    """Attend from one token of each sequence over its cache: (B, heads, 1, D) each, returns (B, 1, heads, D).
-
-    PyTorch's own, with a mask, would first copy keys and values for each of the heads that share them.
-    """
+    """Attend from one token a sequence over the cache. PyTorch would first copy the keys for heads that share them."""
     if query.shape[2] > 1 or any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # (B, key heads, group, D)

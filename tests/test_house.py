@@ -24,7 +24,7 @@ MAY_IMPORT = {
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 FILES = [*(ROOT / f"{module}.py" for module in MAY_IMPORT), *sorted((ROOT / "tools").rglob("*.py"))]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LIBRARIES_CALL = ("packed_attention", "__torch_dispatch__", "polaris_advantages", "compute_score")
+LIBRARIES_CALL = ("packed_attention", "decode_attention", "__torch_dispatch__", "polaris_advantages", "compute_score")
 """Besides the methods of an autograd.Function: the parameters of these are not ours to choose."""
 
 

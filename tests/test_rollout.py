@@ -5,13 +5,16 @@ import json
 import random
 from collections.abc import Collection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import SIZES, lines, perturb, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.cache_utils import DynamicLayer
 
+import rollout
 import toy
 from data import encode_prompts
 from polaris_mini import Config, Problem, Rollout, UserError
@@ -59,6 +62,43 @@ def test_sampler_logprobs_are_the_trainers(kind, temperature):
         with torch.no_grad():
             logprobs = forward_row(e.policy, row, temperature, Config())[1]
         torch.testing.assert_close(logprobs, row.sampler_logprobs, rtol=0, atol=3e-5)
+
+
+def test_a_growing_cache_holds_what_transformers_own_does():
+    """Over several pieces of memory, also when sequences leave or are repeated."""
+    ours, theirs = rollout.GrowingLayer(), DynamicLayer()
+    for length, chosen in [(5, [0, 0, 1, 2, 2]), (1, None), (200, [4, 1]), *[(1, None)] * 150, (1, [1]), (1, None)]:
+        new = [torch.randn(3 if ours.get_seq_length() == 0 else len(ours.keys), 2, length, 4) for _ in range(2)]
+        for found, expected in zip(ours.update(*new), theirs.update(*new), strict=True):
+            assert torch.equal(found, expected)
+        if chosen is not None:
+            ours.batch_select_indices(torch.tensor(chosen))
+            theirs.batch_select_indices(torch.tensor(chosen))
+    assert ours.get_seq_length() == theirs.get_seq_length() == 358
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_attention_over_the_cache_is_pytorchs(heads, key_heads, dtype, queries):
+    query = torch.randn(3, heads, queries, 8, dtype=dtype)
+    key, value = torch.randn(2, 3, key_heads, 7, 8, dtype=dtype)
+    mask = torch.rand(3, 1, queries, 7) > 0.3
+    mask[..., -1] = True
+    module = SimpleNamespace(num_key_value_groups=heads // key_heads, is_causal=True)
+    for given in (mask, None) if queries == 1 else (mask,):
+        found, _ = rollout.decode_attention(module, query, key, value, given, scaling=0.3)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=given, scale=0.3, enable_gqa=heads != key_heads).transpose(1, 2)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 0.05)
+
+
+def test_tokens_are_drawn_by_their_probabilities():
+    p = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    drawn = rollout._draw(p.repeat(40_000, 1), torch.Generator().manual_seed(0))
+    shares = torch.bincount(drawn[:, 0], minlength=6) / 40_000
+    assert shares[p == 0].sum() == 0
+    assert (shares - p).abs().max() < 0.01  # four standard deviations
 
 
 def test_responses_end_at_the_stop_token_or_the_limit():
