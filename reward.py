@@ -279,10 +279,7 @@ def _agree(one: Any, other: Any, braces: bool) -> bool | None:
 
 
 def same_mathematics(answer: str, gold: str) -> bool:
-    """Compare two normalized answers by math-verify, and what it leaves out of them by `_left_out`.
-
-    May take for ever: only for a process that can be killed.
-    """
+    """Compare two normalized answers by math-verify. May take for ever: only for a process that can be killed."""
     from math_verify import LatexExtractionConfig, parse, verify
     if answer.endswith("%") and gold.endswith("%"):
         answer, gold = answer.rstrip(r"\%"), gold.rstrip(r"\%")

@@ -103,10 +103,7 @@ def load_model(name: str, settings: Common, dtype: torch.dtype, *, rope: Mapping
 
 
 def check_model(name: str, settings: Common, problems: Sequence[Problem], response_tokens: int) -> int:
-    """Return how many tokens prompt and response may have, once the model's config has room for them.
-
-    Raises: UserError before weights are loaded, if the model lacks positions, or a row for a token of a prompt.
-    """
+    """Return how many tokens prompt and response may have. Raises: UserError if the model has no room for them."""
     base = base_model(name)
     try:
         text = AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code).get_text_config()

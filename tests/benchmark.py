@@ -2,6 +2,7 @@
 
     python tests/benchmark.py engines                  # start, weight sync, generation; a Qwen3 of 4 layers
     python tests/benchmark.py engines MODEL            # the folder of a model
+    python tests/benchmark.py decode                   # the hf engine over the length of responses
     python tests/benchmark.py update                   # seconds and memory, a vocabulary of 151,936
     python tests/benchmark.py update 4x1024 1x8192v4096p64 mixed --gradient-checkpointing --logprob-chunk-tokens 128
     python tests/benchmark.py update --against trl     # ours and TRL's by turns; needs tests/requirements-trl.txt
@@ -99,6 +100,25 @@ def engines(model: str | None) -> None:
                 speed = speed[1:]  # the first warms up
                 print(f"{name:6} {start:9.1f} {statistics.median(sync):8.3f}   {statistics.median(speed):8,.0f} "
                       f"{min(speed):8,.0f} {max(speed):8,.0f}")
+
+
+def decode() -> None:
+    """Time the hf engine on responses that all have full length: 64 of 128 tokens, then 8 of growing length."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = small_model(Path(temporary), vocabulary=1024)
+        policy = load_policy(Config(model=str(folder)))
+    print(f"small model: {sum(p.numel() for p in policy.parameters()):,} parameters, {policy.device}, "
+          f"{torch.get_num_threads()} threads\nresponses   tokens/s (median, least, most of 3)")
+    for prompts, tokens in ((8, 128), (1, 128), (1, 512), (1, 1024), (1, 2048), (1, 4096)):
+        engine = HFEngine(policy, toy.toy_tokenizer(), Config(rollouts_per_batch=64))
+        engine.stop_tokens = torch.tensor([1024], device=policy.device)  # no token of the model
+        given, speed = [[4 + (7 * i + j) % 18 for j in range(20 + 2 * i)] for i in range(prompts)], []
+        for seed in range(4):
+            began = now()
+            list(engine.generate(given, COUNT, Sampling(1.0, tokens, seed)))
+            speed.append(prompts * COUNT * tokens / (now() - began))
+        speed = sorted(speed[1:])  # the first warms up
+        print(f"{prompts * COUNT:3} x {tokens:4} {speed[1]:8,.0f} {speed[0]:8,.0f} {speed[2]:8,.0f}", flush=True)
 
 
 # -------------------------------------------------------------------------- the update
@@ -286,6 +306,8 @@ def main(arguments: list[str]) -> None:
     command, *rest = arguments or ["--help"]
     if command == "engines":
         engines(*rest or [None])
+    elif command == "decode":
+        decode()
     elif command == "update":
         updates(rest)
     elif command == "step":

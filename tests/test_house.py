@@ -50,7 +50,7 @@ def line_count(name: str) -> int:
 
 def test_the_five_modules_and_the_readme_stay_small():
     counts = {f"{module}.py": line_count(f"{module}.py") for module in MAY_IMPORT}
-    assert sum(counts.values()) <= 3100, counts  # 3,000, and what verdicts, speed and GPUs have added
+    assert sum(counts.values()) <= 3150, counts  # 3,000, and what verdicts and speed have added
     assert counts["train.py"] <= 900
     assert line_count("README.md") <= 190
 
