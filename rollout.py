@@ -36,6 +36,7 @@ from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
 from tqdm import tqdm
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
                           BitsAndBytesConfig, DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase,
@@ -325,19 +326,22 @@ class HFEngine:
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts.values()], device=self.device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # (prompts, L)
         cache = DynamicCache(config=model.config)
-        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        limit = longest + sampling.max_tokens
+        cache.layers = [GrowingLayer(limit) if type(layer) is DynamicLayer else layer for layer in cache.layers]
         responses = [Response([], [], "length") for _ in order]
         decoding, ends = list(responses), set(self.stop_tokens.tolist())  # sequences leave `decoding` as they end
         for step in range(sampling.max_tokens):
             hidden = model.base_model(input_ids=tokens, attention_mask=mask, position_ids=positions,
                                       past_key_values=cache, use_cache=True).last_hidden_state[:, -1]  # (B, H)
-            if step == 0:  # each prompt went through the model once, however many responses it gets
-                rows = torch.tensor([[*prompts].index(i) for i in order], device=self.device)
-                cache.batch_select_indices(rows)
-                hidden, mask, positions = hidden[rows], mask[rows], positions[rows]
+            if step == 0 and len(prompts) < len(order):  # a prompt went through the model once for all its responses
+                sources = torch.tensor([[*prompts].index(i) for i in order], device=self.device)
+                cache.batch_select_indices(sources)
+                hidden, mask, positions = hidden[sources], mask[sources], positions[sources]
             logprobs = torch.log_softmax(head(hidden).float() / sampling.temperature, dim=-1)  # (B, V)
             tokens = _draw(_truncate(logprobs, sampling).exp(), generator)  # (B, 1)
             chosen = logprobs.gather(1, tokens)[:, 0].tolist()
+            if not all(map(math.isfinite, chosen)):
+                raise UserError("the model's log-probs are not finite: its weights are damaged, or try --dtype float32")
             for response, token, logprob in zip(decoding, tokens[:, 0].tolist(), chosen, strict=True):
                 if response.finish_reason == "length":  # not ended before
                     response.tokens.append(token)
@@ -357,40 +361,38 @@ class HFEngine:
 
 
 class GrowingLayer(DynamicLayer):
-    """Keep keys and values, (B, heads, tokens, D), in memory that grows by half: a new token copies no old one."""
+    """Keep keys and values, (B, heads, tokens, D), in memory that grows by half: few new tokens copy old ones."""
 
-    keys: Any
-    values: Any
-    memory: list[Tensor]
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit, self.memory = limit, list[Tensor]()
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        start = self.get_seq_length()
-        end, news = start + key_states.shape[2], (key_states, value_states)
-        if start == 0 or end > self.memory[0].shape[2]:
-            grown = [new.new_empty(*new.shape[:2], end + end // 2 + 64, new.shape[3]) for new in news]
-            for memory, old in zip(grown, (self.keys, self.values) if start else (), strict=False):
-                memory[:, :, :start] = old
-            self.memory, self.is_initialized = grown, True
+        start, news = self.get_seq_length(), (key_states.to(value_states.dtype), value_states)  # norms give float32
+        end = start + key_states.shape[2]
+        if not self.memory or end > self.memory[0].shape[2]:
+            size = max(end, min(end + end // 2 + 64, self.limit))
+            olds = self.memory or [new[:, :, :0] for new in news]
+            self.memory = [pad(old, (0, 0, 0, size - old.shape[2])) for old in olds]
+            self.is_initialized = True
         for memory, new in zip(self.memory, news, strict=True):
             memory[:, :, start:end] = new
-        self.keys, self.values = (memory[:, :, :end] for memory in self.memory)
+        self.keys, self.values = self.memory[0][:, :, :end], self.memory[1][:, :, :end]
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
         length, self.memory = self.get_seq_length(), [memory[indices] for memory in self.memory]
-        self.keys, self.values = (memory[:, :, :length] for memory in self.memory)
+        self.keys, self.values = self.memory[0][:, :, :length], self.memory[1][:, :, :length]
 
 
 def decode_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
                      scaling: float, **others: Any) -> tuple[Tensor, None]:
-    """Attend from one token a sequence over the cache. PyTorch would first copy the keys for heads that share them."""
+    """Attend from one token a sequence over the cache. transformers would first copy keys for heads that share them."""
     if query.shape[2] > 1 or any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
-    grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # (B, key heads, group, D)
-    scores = (grouped @ key.transpose(2, 3)).float() * scaling  # (B, key heads, group, tokens)
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, -math.inf)
-    return (scores.softmax(-1).to(value.dtype) @ value).flatten(1, 2)[:, None], None
+    grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # (B, key heads, group, D): the group as queries
+    found = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    return found.flatten(1, 2)[:, None], None
 
 
 AttentionInterface.register("decode", decode_attention)
@@ -398,8 +400,8 @@ AttentionMaskInterface.register("decode", sdpa_mask)
 
 
 def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw a token for each row of (B, V): (B, 1). One random number a row; `multinomial` takes V of them."""
-    limits = probabilities.double().cumsum(1)
+    """Draw a token of each sequence, (B, V) -> (B, 1), by one random number; `multinomial` takes V of them."""
+    limits = probabilities.cumsum(1, dtype=torch.double)
     drawn = torch.rand(len(limits), 1, generator=generator, device=limits.device, dtype=limits.dtype) * limits[:, -1:]
     return torch.searchsorted(limits, drawn, right=True).clamp(max=limits.shape[1] - 1)
 
@@ -419,7 +421,7 @@ def _decoding(policy: nn.Module) -> Iterator[None]:
 
 
 def _truncate(logprobs: Tensor, sampling: Sampling) -> Tensor:
-    """Set tokens outside top-k and top-p to -inf; `multinomial` renormalises the rest."""
+    """Set tokens outside top-k and top-p to -inf; `_draw` renormalises the rest."""
     if sampling.top_k > 0:
         logprobs = TopKLogitsWarper(sampling.top_k)(None, logprobs)  # type: ignore[arg-type]
     if sampling.top_p < 1.0:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -226,14 +227,17 @@ def test_a_run_is_saved_before_anything_is_drawn_and_goes_on_from_there(finished
 
 
 def test_a_model_that_cannot_be_saved_ends_the_run_before_anything_is_drawn(sums, monkeypatch, tmp_path):
-    """Half of the weights are missing in the file; or the files cannot be written."""
+    """The file of the weights is cut short; or the files cannot be written."""
     run = tmp_path / "run"
     real = PreTrainedModel.save_pretrained
-    half = {name: value for name, value in AutoModelForCausalLM.from_pretrained(
-        PRESETS["toy"].model).state_dict().items() if "layers.0" in name}
+
+    def cut_short(model: PreTrainedModel, folder: Path) -> None:
+        real(model, folder)
+        os.truncate(folder / "model.safetensors", 10_000)
+
     options = [*SHORT, "--data", sums, "--steps", 1, "--run-dir", run]
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda self, place: real(self, place, state_dict=half))
-    with pytest.raises(UserError, match=r"step_000000: cannot be saved \(.* weights, but its files"):
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", cut_short)
+    with pytest.raises(UserError, match=r"step_000000: cannot be saved \(.*header"):
         start(*options)
     monkeypatch.undo()
     (run / "checkpoints").rmdir()
