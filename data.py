@@ -152,11 +152,10 @@ def read_records(source: str) -> Iterator[tuple[str, Any]]:
         elif path.is_dir():
             files = sorted(file for file in path.iterdir() if SHARD.fullmatch(file.name))
             named = {file: SPLIT.findall(file.name)[0] for file in files}
-            rows = [file for file in files if named[file] == (split or "train")]
-            rows = rows or [file for file in files if not split and not named[file]]
+            rows = [f for f in files if named[f] == (split or "train")] or [f for f in files if not (split or named[f])]
             if len({file.suffix for file in rows}) != 1:
-                raise ValueError(f"it needs files of one kind{f' that begin with {split}' * bool(split)}, and has "
-                                 f"{sorted(file.name for file in path.iterdir())!s:.200}")
+                raise ValueError(f"a folder needs files of one kind{f' that begin with {split}' * bool(split)}"
+                                 f", and has {sorted(file.name for file in path.iterdir())!s:.200}")
         elif path.suffix == ".parquet":
             from pyarrow import parquet
             rows = parquet.ParquetFile(path).read().to_pylist()

@@ -296,7 +296,7 @@ def same_mathematics(answer: str, gold: str) -> bool:
     sets = [_as_set(*pair) for pair in zip(read, joints, strict=True)]
     lists = sets[1] is other or (sets[0] is one and joints[0] in (joints[1], set()))  # "and" is not "or"
     exact = "%" not in answer + gold
-    for x, y in [sets, read][: 1 + (lists and sets != read)]:
+    for x, y in [sets, read] if lists and sets != read else [sets]:
         if verify(y, x, timeout_seconds=None, allow_set_relation_comp=True):
             return not exact or _agree(x, y, r"\{" in answer + gold) is not False
     with suppress(ArithmeticError, ValueError, TypeError):  # too large for sympy, or infinite

@@ -118,8 +118,8 @@ def check_model(name: str, settings: Common, problems: Sequence[Problem], respon
                         "model's own tokenizer, or resize the embedding and train it first")
     rotary = any(getattr(text, key, None) for key in ("rope_parameters", "rope_theta", "rope_scaling"))
     if longest > positions and not rotary:  # learned ones are a table, which has an end
-        raise UserError(f"model is {name}: it has {positions} positions, prompt and response up to {longest} tokens: "
-                        "lower --max-response-tokens, or --max-prompt-tokens with --skip-bad-rows")
+        raise UserError(f"model is {name}: the model has {positions} positions, prompt and response up to {longest} "
+                        "tokens: lower --max-response-tokens, or --max-prompt-tokens with --skip-bad-rows")
     return longest
 
 
@@ -139,7 +139,7 @@ def base_model(name: str) -> str:
         base = next((folder for folder in above if (Path(folder) / "config.json").is_file()), base)
         cached_file(base, "config.json")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"model is {name}: the base of this adapter, {base}, is no folder, here or above it, and not "
+        raise UserError(f"model is {name}: the base of this adapter, {base}, is no folder, here or above, and not "
                         f"on the hub ({one_line(error)}): write the base's place into {adapter}") from error
     return base
 
@@ -248,6 +248,7 @@ def start_ranks(config: Config) -> None:
 
 # ------------------------------------------------------------------------- the engine
 ENGINE_SHARE = 0.1  # of a GPU's memory, for vLLM's activations, CUDA graphs and what else there is
+STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw": 8, "paged_adamw8bit": 2, "sgd": 0}  # for each weight
 KV_BLOCK = 128  # tokens; vLLM rounds each sequence up to its block, which is no larger
 Prompts = Sequence[Sequence[int]]  # token ids
 Generated = Generator[tuple[int, list["Response"]], None, None]  # the number of each prompt, and its responses
@@ -285,7 +286,7 @@ class HFEngine:
         model = causal_lm(policy)
         self.device, self.dtype = model.device, resolve_dtype(settings, model.device)
         listed = model.generation_config.eos_token_id if model.generation_config is not None else None
-        self.stop_tokens = torch.tensor(stop_tokens(tokenizer, listed), device=self.device)
+        self.stop_tokens = stop_tokens(tokenizer, listed)
 
     def wake(self, policy: nn.Module) -> None:
         self.policy = policy
@@ -329,7 +330,7 @@ class HFEngine:
         limit = longest + sampling.max_tokens
         cache.layers = [GrowingLayer(limit) if type(layer) is DynamicLayer else layer for layer in cache.layers]
         responses = [Response([], [], "length") for _ in order]
-        decoding, ends = list(responses), set(self.stop_tokens.tolist())  # sequences leave `decoding` as they end
+        decoding, ends = list(responses), set(self.stop_tokens)  # sequences leave `decoding` as they end
         for step in range(sampling.max_tokens):
             hidden = model.base_model(input_ids=tokens, attention_mask=mask, position_ids=positions,
                                       past_key_values=cache, use_cache=True).last_hidden_state[:, -1]  # (B, H)
@@ -575,13 +576,13 @@ def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
 def optimizer_bytes(policy: nn.Module, config: Config) -> int:
     """Return what the optimizer's state takes of the device after the first update; paged state can leave it."""
     trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
-    return trained * {"adamw": 8, "adamw8bit": 2}.get(config.optimizer, 0)
+    return 0 if config.optimizer.startswith("paged") else trained * STATE_BYTES[config.optimizer]
 
 
 def check_space(policy: nn.Module, config: Config, folder: Path) -> None:
     """Raise a UserError if a run's checkpoints do not fit on its disk: a new one comes before an old one goes."""
     trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
-    each = trained * (4 + (0 if config.optimizer == "sgd" else 2 if "8bit" in config.optimizer else 8))
+    each = trained * (4 + STATE_BYTES[config.optimizer])
     count = min(config.keep_checkpoints, -(-config.total_steps // config.checkpoint_every)) + 1
     held = sum(path.stat().st_size for path in folder.glob("checkpoints/*/*") if path.is_file())
     checkpoints = folder.absolute() / "checkpoints"
@@ -683,10 +684,10 @@ class Evaluation:
         correct = [sum(rollout.correct for rollout in group.rollouts) for group in groups]
         average, interval = mean_and_interval([group.pass_rate for group in groups])
         return cls(len(groups), k, average, interval,
-                   [statistics.fmean(pass_at_k(c, k, tries) for c in correct) for tries in range(1, k + 1)],
-                   statistics.fmean(len(rollout.response_tokens) for rollout in rollouts),
-                   statistics.fmean(rollout.truncated for rollout in rollouts),
-                   mean_distinct_n([r.text for r in group.rollouts] for group in groups))  # fmt: skip
+                   pass_at_k=[statistics.fmean(pass_at_k(c, k, tries) for c in correct) for tries in range(1, k + 1)],
+                   tokens_mean=statistics.fmean(len(rollout.response_tokens) for rollout in rollouts),
+                   truncated=statistics.fmean(rollout.truncated for rollout in rollouts),
+                   distinct_4=mean_distinct_n([r.text for r in group.rollouts] for group in groups))  # fmt: skip
 
 
 @dataclass(frozen=True)

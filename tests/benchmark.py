@@ -111,7 +111,7 @@ def decode() -> None:
           f"{torch.get_num_threads()} threads\nresponses   tokens/s (median, least, most of 3)")
     for prompts, tokens in ((8, 128), (1, 128), (1, 512), (1, 1024), (1, 2048), (1, 4096)):
         engine = HFEngine(policy, toy.toy_tokenizer(), Config(rollouts_per_batch=64))
-        engine.stop_tokens = torch.tensor([1024], device=policy.device)  # no token of the model
+        engine.stop_tokens = [1024]  # no token of the model
         given, speed = [[4 + (7 * i + j) % 18 for j in range(20 + 2 * i)] for i in range(prompts)], []
         for seed in range(4):
             began = now()

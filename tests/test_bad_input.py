@@ -90,7 +90,8 @@ CASES = {  # what our own modules say, in one line
         (f"{REAL} --model own_code", "model is own_code: it does not load"),
         (f"{REAL} --model own_code", "trust_remote_code"),
         (f"{REAL} --model pickled", "model is pickled: it does not load"),
-        (f"{REAL} --model learned --prompt-suffix= --max-response-tokens 64", "model is learned: it has 64 positions"),
+        (f"{REAL} --model learned --prompt-suffix= --max-response-tokens 64",
+         "model is learned: the model has 64 positions"),
         (f"{REAL} --model few_rows", "the embedding has 9 rows"),
         (f"{REAL} --model named", "model is named: its chat templates are a, b, and none is default"),
         (f"{REAL} --model adapter", "model is adapter: the base of this adapter, ./no_base, is no folder"),
@@ -133,7 +134,7 @@ CASES = {  # what our own modules say, in one line
         (f"eval {PROBLEMS} no.jsonl", "no.jsonl: cannot be read"),
         (f"eval {PROBLEMS} --out sums.jsonl", "sums.jsonl is no folder: give another --out"),
         ("eval --model config_only --data sums.jsonl", "model is config_only: its tokenizer does not load"),
-        (f"eval {PROBLEMS} --model learned --prompt-suffix=", "model is learned: it has 64 positions"),
+        (f"eval {PROBLEMS} --model learned --prompt-suffix=", "model is learned: the model has 64 positions"),
         (f"eval {PROBLEMS} --model few_rows", "model is few_rows: a prompt has token"),
         (f"eval {PROBLEMS} --model learned --prompt-suffix= --max-response-tokens 8 --yarn-factor 2",
          "yarn_factor is 2: learned (gpt2) has no rotary positions"),
@@ -346,5 +347,5 @@ def test_a_folder_that_is_no_data_set_ends_in_one_line(world, source, there, sho
         (world / name.rpartition("/")[0]).mkdir(parents=True, exist_ok=True)
         if not name.endswith("/"):
             (world / name).touch()
-    assert re.fullmatch(rf"train.py: error: {source}: cannot be read \(it needs files of one kind( that begin.*)?"
+    assert re.fullmatch(rf"train.py: error: {source}: cannot be read \(a folder needs files of one kind( that begin.*)?"
                         rf", and has {re.escape(there)}\): give .*\n", shown_by("train.py", f"--data {source}"))

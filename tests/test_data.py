@@ -276,7 +276,7 @@ def test_a_split_of_a_folder(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_a_folder_that_is_not_one_data_set(tmp_path: Path, names: list[str], part: str, shown: str) -> None:
     folder = write_shards(tmp_path / "a", *names)
-    with pytest.raises(UserError, match=rf"^{folder}{part}: cannot be read \(it needs files of one kind.*, and "
+    with pytest.raises(UserError, match=rf"^{folder}{part}: cannot be read \(a folder needs files of one kind.*, and "
                                         rf"has {shown}\): give "):
         data.load_problems(folder + part)
 

@@ -137,7 +137,7 @@ def test_the_token_that_ends_a_turn_in_the_chat_template_ends_a_response(templat
     model = tiny_model("qwen3", tied=True)
     model.generation_config.eos_token_id = None
     e = HFEngine(model, tokenizer, Config(rollouts_per_batch=8))
-    assert e.stop_tokens.tolist() == expected
+    assert e.stop_tokens == expected
     for response in draw(e, prompts(20), Sampling(1.0, 30, seed=0)):
         assert not set(response.tokens[:-1]) & set(expected)
         assert (response.tokens[-1] in expected) == (response.finish_reason == "stop")
@@ -360,7 +360,7 @@ def test_only_a_learned_table_of_positions_has_an_end(tmp_path, kind, positions)
     if positions is None:
         assert check_model(str(tmp_path), Config(), problems, 10_000) == 10_004
     else:
-        with pytest.raises(UserError, match=f"it has {positions} positions, prompt and response up to 65 tokens"):
+        with pytest.raises(UserError, match=f"model has {positions} positions, prompt and response up to 65 tokens"):
             check_model(str(tmp_path), Config(), problems, 61)
 
 
