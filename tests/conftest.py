@@ -5,6 +5,7 @@ import json
 import os
 import random
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,18 @@ def random_rollouts(count: int, seed: int = 0, longest: int = 40) -> list[Rollou
         logprobs = [-3 * rng.random() for _ in response]
         rollouts.append(Rollout("p", prompt, response, logprobs, "", "stop", advantage=rng.gauss(0, 1)))
     return rollouts
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run each test for a GPU in a process of its own: vLLM's allocator is one for a whole process."""
+    if pyfuncitem.get_closest_marker("gpu") is None or "GPU_TEST" in os.environ:
+        return None
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    environment = {**os.environ, "GPU_TEST": pyfuncitem.name}
+    ended = subprocess.run(command, cwd=pyfuncitem.config.rootpath, env=environment, check=False)
+    assert ended.returncode == 0, f"it failed in a process of its own: {' '.join(command)}"
+    return True
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,40 +6,29 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import random
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import perturb
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import doctor
 import plan
 import toy
 import train
+from doctor import differences, groups_of, perturb, run_of, taken_gib
 from polaris_mini import Config, Group, Problem, Rollout
 from rollout import HFEngine, Sampling, VLLMEngine, load_policy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = torch.device("cuda")
-SMALL = {"hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 8,
-         "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936}
-QWEN3_1_7B = {**SMALL, "hidden_size": 2048, "num_hidden_layers": 28, "intermediate_size": 6144}
+SMALL = {**doctor.SHAPES["0.6b"], "num_hidden_layers": 8}
 
 
 def saved_model(folder: Path, sizes: dict[str, int]) -> Path:
-    """Save a Qwen3-shaped model with random weights, in bfloat16."""
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        model = Qwen3ForCausalLM(Qwen3Config(
-            tie_word_embeddings=True, bos_token_id=None, eos_token_id=3, initializer_range=0.05, **sizes
-        ))
-    model.bfloat16().save_pretrained(folder)
-    return folder
+    return doctor.saved_model(folder, sizes, DEVICE)
 
 
 @contextlib.contextmanager
@@ -54,39 +43,7 @@ def policy_and_engine(folder: Path, config: Config, max_tokens: int):
 
 
 def prompts(count: int, length: int = 64) -> list[list[int]]:
-    rng = random.Random(0)
-    return [[rng.randrange(4, 50_000) for _ in range(length)] for _ in range(count)]
-
-
-def groups_of(engine: HFEngine | VLLMEngine, given: list[list[int]], count: int, sampling: Sampling) -> list[Group]:
-    """Draw groups; half of each is called correct, so that there is something to learn."""
-    groups = []
-    for i, responses in engine.generate(given, count, sampling):
-        rollouts = [Rollout(str(i), given[i], r.tokens, r.sampler_logprobs, "", r.finish_reason, advantage=(-1.0) ** n)
-                    for n, r in enumerate(responses)]
-        groups.append(Group(Problem(str(i), "", ("1",)), rollouts))
-    return groups
-
-
-def differences(policy: torch.nn.Module, groups: list[Group], temperature: float, config: Config) -> torch.Tensor:
-    """Return trainer - sampler log-prob of every token."""
-    rows = train.pack([(r, 1) for group in groups for r in group.rollouts], 4096)
-    with torch.no_grad():
-        found = [train.forward_row(policy, row.to(DEVICE), temperature, config)[1] for row in rows]
-    return torch.cat(found) - torch.cat([row.sampler_logprobs for row in rows]).to(DEVICE)
-
-
-def run_of(policy: torch.nn.Module, config: Config) -> Any:
-    """Return what of a run an update uses."""
-    scaler = torch.amp.GradScaler(DEVICE.type, enabled=config.dtype == "float16")
-    return SimpleNamespace(policy=policy, config=config, optimizer=train.make_optimizer(policy, config), scaler=scaler,
-                           state=SimpleNamespace(temperature=1.0))  # fmt: skip
-
-
-def taken_gib() -> float:
-    """Return what is taken of the GPU's memory, by PyTorch's cache and vLLM too."""
-    free, total = torch.cuda.mem_get_info()
-    return (total - free) / 2**30
+    return doctor.make_prompts(count, length, 50_000)
 
 
 @pytest.mark.parametrize("attention", ["varlen", "flash_attn"])
@@ -169,9 +126,7 @@ def test_offloaded_policy_leaves_the_gpu_while_the_engine_is_awake_and_comes_bac
 
 def test_planned_memory_is_within_a_tenth_of_what_an_update_takes(tmp_path):
     """4B-shaped LoRA with 8,192 tokens in one row: what tensors take, without CUDA's context."""
-    sizes = {**QWEN3_1_7B, "hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32,
-             "intermediate_size": 9728}
-    config = Config(model=str(saved_model(tmp_path, sizes)), lora_rank=32, gradient_checkpointing=True,
+    config = Config(model=str(saved_model(tmp_path, doctor.SHAPES["4b"])), lora_rank=32, gradient_checkpointing=True,
                     max_prompt_tokens=64, max_response_tokens=8129, tokens_per_micro_batch=8192)
     planned = plan.plan_memory(config, 80 * plan.GIB).peak("log-probs", "backward") - plan.CUDA_CONTEXT
     run = run_of(load_policy(config), config)
@@ -190,7 +145,7 @@ def test_a_1_7b_model_trains_two_steps(tmp_path, settings):
     pytest.importorskip("vllm")
     config = Config(rollouts_per_batch=64, tokens_per_micro_batch=8192, gradient_checkpointing=True, engine="vllm",
                     **settings)
-    with policy_and_engine(saved_model(tmp_path, QWEN3_1_7B), config, 1200) as (policy, engine):
+    with policy_and_engine(saved_model(tmp_path, doctor.SHAPES["1.7b"]), config, 1200) as (policy, engine):
         run = run_of(policy, config)
         for step in range(2):
             metrics: dict[str, Any] = {}

@@ -234,9 +234,12 @@ def check_surroundings(bench: Bench) -> Iterator[Row]:
     else:
         yield Row("compiler", "wrong", text, "Triton compiles its kernels: install gcc and Python's headers "
                                              "(Debian, Ubuntu: apt install gcc python3-dev)")
-    pages = os.sysconf("SC_PAGE_SIZE") / GIB
-    memory = f"{pages * os.sysconf('SC_AVPHYS_PAGES'):.1f} of {pages * os.sysconf('SC_PHYS_PAGES'):.1f} GiB free"
-    yield Row("CPU memory", "ok", memory)
+    with open("/proc/meminfo") as lines:
+        memory = {name: int(kib.split()[0]) * 1024 for name, _, kib in (line.partition(":") for line in lines)}
+    policy = 2 * sum(path.stat().st_size for path in bench.folder.glob("*.safetensors"))
+    text = (f"{memory['MemAvailable'] / GIB:.1f} of {memory['MemTotal'] / GIB:.1f} GiB available; --offload-policy and "
+            f"checkpoints of this shape take {policy / GIB:.1f}")
+    yield Row("CPU memory", "ok" if memory["MemAvailable"] > policy else "wrong", text, "take a smaller model, or LoRA")
     if not bench.on_gpu:
         yield Row("GPU", "not checked", "no GPU")
         return
@@ -286,8 +289,8 @@ def check_attention(bench: Bench) -> Iterator[Row]:
     limit = 1e-4 if bench.dtype == torch.float32 else 0.02
 
     def check(kind: str) -> Iterator[Row]:
-        inputs = [leaf.clone().requires_grad_() for leaf in leaves]
-        found = train.packed_attention(torch.nn.Module(), *inputs, None, scaling=width**-0.5, row=row, kind=kind)[0]
+        q, k, v = inputs = [leaf.clone().requires_grad_() for leaf in leaves]
+        found = train.packed_attention(torch.nn.Module(), q, k, v, None, scaling=width**-0.5, row=row, kind=kind)[0]
         ours = [found, *torch.autograd.grad(found.float().square().sum(), inputs)]
         errors = [((a.float() - b).norm() / b.norm()).item() for a, b in zip(ours, expected, strict=True)]
         text = f"relative error {errors[0]:.1e} forward, {max(errors[1:]):.1e} backward (limit {limit:g})"
@@ -373,6 +376,7 @@ def check_sleep(bench: Bench, name: str, policy: torch.nn.Module, engine: Engine
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     drawn = groups_of(engine, make_prompts(4, 8, bench.sizes["vocab_size"]), 2, Sampling(1.0, 16, seed=0))
+    free_memory()
     awake = taken_gib()
     engine.sleep()
     free_memory()
