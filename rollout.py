@@ -22,13 +22,14 @@ import random
 import re
 import shutil
 import statistics
+import tempfile
 import warnings
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, astuple, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -172,6 +173,9 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError as error:
         raise UserError(f"device is {name}: give auto, cpu, cuda or cuda:N") from error
+    if name == "auto" and torch.version.cuda and device.type == "cpu" and Path("/dev/nvidia0").exists():
+        raise UserError(f"device is auto: there is a GPU, but its driver is too old for CUDA {torch.version.cuda}, with "
+                        "which PyTorch was built (13 needs driver 580 or newer); update it, or give --device cpu")
     if device.type != "cpu" and not (device.type == "cuda" and torch.cuda.is_available()):
         raise UserError(f"device is {name}: PyTorch sees no such device, or it is not supported; give --device cpu")
     return device
@@ -179,8 +183,10 @@ def resolve_device(name: str) -> torch.device:
 
 def resolve_dtype(settings: Common, device: torch.device) -> torch.dtype:
     """Return the type in which the model computes."""
+    if settings.dtype == "auto" and device.type == "cuda":  # vLLM takes bfloat16 only where the GPU computes in it
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if settings.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.float32
     return getattr(torch, settings.dtype)
 
 
@@ -247,7 +253,7 @@ def start_ranks(config: Config) -> None:
 
 
 # ------------------------------------------------------------------------- the engine
-ENGINE_SHARE = 0.1  # of a GPU's memory, for vLLM's activations, CUDA graphs and what else there is
+ENGINE_SHARE, ENGINE_LEAST = 0.1, 2**30  # of a GPU, for vLLM's activations, CUDA graphs and what else there is
 STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw": 8, "paged_adamw8bit": 2, "sgd": 0}  # for each weight
 KV_BLOCK = 128  # tokens; vLLM rounds each sequence up to its block, which is no larger
 Prompts = Sequence[Sequence[int]]  # token ids
@@ -456,6 +462,7 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         warnings.filterwarnings("ignore", module="vllm|torch.jit")  # of what they will change in themselves
         from vllm import LLM
+        from vllm.config.lora import MaxLoRARanks
         self.tokenizer, self.device = tokenizer, resolve_device(settings.device)
         if self.device.index:
             raise UserError(f"device is {settings.device}: vllm takes the first GPU that it sees; start with "
@@ -472,16 +479,24 @@ class VLLMEngine:
             overrides["rope_parameters"] = {**text.rope_parameters, **rope}
         self._move_policy(torch.device("cpu"))
         cache_bytes = kv_cache_bytes(config, settings, max_tokens, policy)
+        self.adapter: Any = None  # the LoRA adapter that vLLM serves
+        self.takes_base, lora = True, dict[str, Any]()
+        if policy is not None and isinstance(settings, Config) and settings.lora_rank > 0:
+            self.takes_base = settings.quantize_base  # else vLLM reads the base itself, once
+            largest = next((r for r in get_args(MaxLoRARanks) if r >= settings.lora_rank), settings.lora_rank)
+            lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": largest}
+        self.sleep_level = 1 if lora else 2
         try:
             self.llm = LLM(
                 model=model, dtype=str(self.dtype).removeprefix("torch."),  # type: ignore[arg-type]
                 seed=settings.seed, hf_overrides=overrides, trust_remote_code=settings.trust_remote_code,
-                load_format="safetensors" if policy is None else "dummy", enable_sleep_mode=self.sleeps,
-                max_model_len=max_tokens, max_num_seqs=settings.rollouts_per_batch, kv_cache_memory_bytes=cache_bytes,
-                gpu_memory_utilization=0.01,  # what vLLM insists on finding free; the cache's size is given
+                load_format="dummy" if policy is not None and self.takes_base else "safetensors",
+                enable_sleep_mode=self.sleeps, max_model_len=max_tokens, max_num_seqs=settings.rollouts_per_batch,
+                kv_cache_memory_bytes=cache_bytes, gpu_memory_utilization=0.01,  # what vLLM insists on finding free
                 logprobs_mode="processed_logprobs",  # at the temperature; the default's are at 1
                 skip_tokenizer_init=True, enforce_eager=self.device.type != "cuda",
-                distributed_executor_backend="external_launcher" if rank_count() > 1 else None)  # one engine per rank
+                max_num_batched_tokens=max(2048, settings.rollouts_per_batch),  # of a step, which sets its activations
+                distributed_executor_backend="external_launcher" if rank_count() > 1 else None, **lora)  # one per rank
         except (ValueError, RuntimeError, OSError, SafetensorError) as error:
             raise UserError(f"engine is vllm: it does not start with {model} ({one_line(error)}): give --engine hf "
                             "or, if memory is short, lower --max-response-tokens or --rollouts-per-batch") from error
@@ -490,20 +505,28 @@ class VLLMEngine:
         self.sleep()
 
     def wake(self, policy: nn.Module) -> None:
-        """Take the policy's weights over, then make the key-value cache."""
+        """Take the policy's weights over, or its adapter alone, then make the key-value cache."""
         if self.sleeps:
             torch.cuda.empty_cache()  # what the update has freed, PyTorch has kept
             self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": policy_weights(policy, self.dtype)})
+        if self.takes_base:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": policy_weights(policy, self.dtype)})
+        if hasattr(policy, "peft_config"):
+            from vllm.lora.request import LoRARequest
+            with tempfile.TemporaryDirectory() as folder:
+                policy.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
+                self.adapter = LoRARequest("policy", 1, folder, load_inplace=True)
+                self.llm.llm_engine.add_lora(self.adapter)
+            self.adapter.load_inplace, self.takes_base = False, False
         self.llm.reset_prefix_cache()  # it was computed with the old weights
         self._move_policy(torch.device("cpu"))
         if self.sleeps:
             self.llm.wake_up(tags=["kv_cache"])
 
     def sleep(self) -> None:
-        """Free weights and cache. Neither is kept: the next `wake` brings all weights again."""
+        """Free cache and weights. The base of an adapter waits in CPU memory; `wake` brings all other weights."""
         if self.sleeps:
-            self.llm.sleep(level=2)
+            self.llm.sleep(level=self.sleep_level)
         self._move_policy(self.device)
 
     def _move_policy(self, device: torch.device) -> None:
@@ -515,6 +538,10 @@ class VLLMEngine:
     def close(self) -> None:
         """End vLLM, so that another engine can start in this process."""
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+        if self.sleeps:  # CUDA fails to free what sleep has unmapped, and then gives no memory to the next engine
+            self._move_policy(torch.device("cpu"))
+            for tag in ("weights", "kv_cache"):
+                self.llm.wake_up(tags=[tag])
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         cleanup_dist_env_and_memory()
@@ -523,13 +550,14 @@ class VLLMEngine:
         """Yield each prompt's number with its responses, those that finish first first."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams
         engine: Any = self.llm.llm_engine
-        torch.manual_seed(sampling.seed)  # all requests draw from it: a generator for each would be slow
         settings = SamplingParams(n=count, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
                                   max_tokens=sampling.max_tokens, stop_token_ids=self.stop_tokens, detokenize=False,
                                   logprobs=0, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY)  # fmt: skip
         missing = [i for i in range(len(prompts)) if i not in finished]
         for i in missing:
-            engine.add_request(str(i), {"prompt_token_ids": list(prompts[i])}, settings.clone())
+            settings.seed = random.Random(f"{sampling.seed}:{i}").getrandbits(62)  # its responses take this, plus 0, 1 ...
+            prompt = {"prompt_token_ids": list(prompts[i])}
+            engine.add_request(str(i), prompt, settings.clone(), lora_request=self.adapter)
         try:
             while engine.has_unfinished_requests():
                 faulthandler.dump_traceback_later(self.timeout, exit=True)  # nothing else ends a hang; --resume goes on
@@ -553,16 +581,14 @@ def uses_vllm(settings: Common) -> bool:
 
 
 def policy_weights(policy: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Yield a policy's weights under their names in a checkpoint, tied ones too, each with its LoRA merged in."""
+    """Yield a policy's weights under their names in a checkpoint, tied ones too; of LoRA the base, not in 4 bits."""
     model = causal_lm(policy)
     for name, weight in model.state_dict().items():
         if ".lora_" in name or ".base_layer.weight." in name:  # an adapter's own, the scales of a 4-bit weight
             continue
         if name.endswith(".base_layer.weight"):
             from peft.utils.integrations import dequantize_module_weight  # slow to import, and only LoRA needs it
-            adapted = model.get_submodule(name.removesuffix(".base_layer.weight"))
-            weight = dequantize_module_weight(adapted.base_layer).float()  # type: ignore[arg-type]
-            weight = weight + adapted.get_delta_weight("default").detach().float()  # type: ignore[operator]
+            weight = dequantize_module_weight(model.get_submodule(name.removesuffix(".weight")))
         yield name.replace(".base_layer.", "."), weight.to(dtype)
 
 
@@ -603,7 +629,7 @@ def kv_cache_bytes(config: PretrainedConfig, settings: Common, max_tokens: int, 
         with torch.device("meta"):  # no memory: only to count
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
         free, total = torch.cuda.mem_get_info(device)
-        left = free - model.num_parameters() * dtype.itemsize - ENGINE_SHARE * total
+        left = free - model.num_parameters() * dtype.itemsize - max(ENGINE_SHARE * total, ENGINE_LEAST)
         if policy is not None and isinstance(settings, Config):
             left -= optimizer_bytes(policy, settings)
     most = int(left / per_token) - KV_BLOCK

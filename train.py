@@ -888,3 +888,8 @@ if __name__ == "__main__":
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception:  # of several ranks this one would wait for the others in vLLM's end, before the message came
+        if rank_count() == 1:
+            raise
+        sys.excepthook(*sys.exc_info())
+        os._exit(2)

@@ -167,7 +167,7 @@ def test_plan_offers_what_does_not_change_the_result_first(capsys):
 
 
 def test_plan_shortens_responses_and_rows_where_nothing_else_helps(capsys, tmp_path):
-    asked = f"--gpu-memory 1.12 --model {saved_model(tmp_path)} --max-response-tokens 30000"
+    asked = f"--gpu-memory 2.02 --model {saved_model(tmp_path)} --max-response-tokens 30000"
     output = shown(capsys, asked)
     assert output.count("--max-response-tokens") == output.count("--tokens-per-micro-batch") == 1
     assert "\nfits: " in shown(capsys, f"{asked} {changes_in(output)}")

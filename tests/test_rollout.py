@@ -21,7 +21,8 @@ from polaris_mini import Config, Problem, Rollout, UserError
 from reward import RewardPool
 from rollout import (
     Evaluation, HFEngine, ProbeCurves, Response, Sampling, base_model, causal_lm, check_model, load_model,
-    load_tokenizer, policy_weights, prepare_policy, sample_groups, set_rewards, uses_vllm,
+    load_tokenizer, policy_weights, prepare_policy, resolve_device, resolve_dtype, sample_groups, set_rewards,
+    uses_vllm,
 )
 from train import forward_row, pack
 
@@ -435,8 +436,24 @@ def test_policy_weights_are_named_as_in_a_checkpoint_and_leave_the_policy_alone(
     assert set(weights) == names
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
-    for name, weight in policy.merge_and_unload().state_dict().items():
+    for name, weight in policy.unload().state_dict().items():  # the adapter goes over by itself
         assert torch.equal(weights[name], weight.bfloat16()), name
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float16), ((8, 6), torch.bfloat16)])
+def test_a_gpu_computes_in_what_vllm_takes_on_it(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert resolve_dtype(Config(), torch.device("cuda")) == expected
+    assert resolve_dtype(Config(dtype="float32"), torch.device("cuda")) == torch.float32
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_an_error_unless_the_cpu_is_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/dev/nvidia0")
+    with pytest.raises(UserError, match=r"device is auto: .* too old for CUDA 13\.0.* driver 580 or newer"):
+        resolve_device("auto")
+    assert resolve_device("cpu").type == "cpu"
 
 
 def test_problem_text_survives_the_round_trip_to_tokens():

@@ -31,7 +31,7 @@ import data
 from data import UserError
 from polaris_mini import Config, Rollout
 from rollout import (
-    ENGINE_SHARE, KV_BLOCK, base_model, causal_lm, kv_bytes_per_token, optimizer_bytes, prepare_policy,
+    ENGINE_LEAST, ENGINE_SHARE, KV_BLOCK, base_model, causal_lm, kv_bytes_per_token, optimizer_bytes, prepare_policy,
 )
 from train import forward_row, pack, read_config
 
@@ -101,8 +101,9 @@ def plan_memory(config: Config, card: float) -> MemoryPlan:
         "backward": {**always, recomputed: backward - kept},
         "optimizer step": {**always, "activations kept": 0.0},
     }
+    asleep = rollout["engine weights"] * (config.lora_rank > 0 and config.engine != "hf")
     cpu = {"policy": weights * config.offload_policy, "activations": block_inputs * config.offload_activations,
-           "optimizer": float(paged)}  # fmt: skip
+           "optimizer": float(paged), "engine weights": asleep}  # fmt: skip
     return MemoryPlan({phase: without_zeros(parts) for phase, parts in phases.items()}, responses, without_zeros(cpu))
 
 
@@ -157,9 +158,11 @@ def engine_bytes(
         copies = weights if whole_model[0].dtype != compute else 0.0
         return held, {**held, "engine weights": copies, "key-value cache": cache}, cache / response
     engine = {**held, "engine weights": weights}
-    rollout = {**engine, "CUDA": CUDA_CONTEXT + ENGINE_SHARE * card}
+    rollout = {**engine, "CUDA": CUDA_CONTEXT + max(ENGINE_SHARE * card, ENGINE_LEAST)}
     rollout["policy"] *= not config.offload_policy
     cache = max(response, min(card - sum(rollout.values()), cache))
+    if config.lora_rank == 0 or config.quantize_base:  # vLLM makes a layer anew before it takes the weights
+        engine["layer twice"] = float(max(p.numel() for p in whole_model) * compute.itemsize)
     return engine, {**rollout, "key-value cache": cache}, cache / response
 
 
@@ -402,7 +405,7 @@ def show_plan(plan: MemoryPlan, card: float, measured: Mapping[str, float]) -> N
 
 
 PLAN_LETTERS = {"policy": "P", "optimizer": "O", "gradients": "G", "CUDA": "C", "activations kept": "A",
-                "log-prob chunk": "L", "block recomputed": "B", "backward": "B", "engine weights": "E",
+                "log-prob chunk": "L", "block recomputed": "B", "backward": "B", "engine weights": "E", "layer twice": "T",
                 "key-value cache": "K"}  # fmt: skip
 
 
