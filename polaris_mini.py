@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import math
 import random
-import re
 import statistics
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -191,9 +190,6 @@ class Config(Common):
     group_size: int = 8  # G, rollouts per problem. Source: release (8).
 
     # the mechanisms
-    process_reward: Literal["none", "core"] = "none"
-    """core: wrong responses earn up to 0.5 for intermediate results, in \\underline{}, that the problem's correct
-    responses have too. The prompt_suffix must ask for them. Source: Polaris V2."""
     rescue: bool = True  # A group with no correct rollout borrows its problem's latest. Source: blog, Rollout Rescue.
     rescue_ratio: Literal["on_policy", "stored"] = "on_policy"
     """on_policy: a rescued response counts as one of today's policy, as in the order of the release (its old log-probs
@@ -275,8 +271,6 @@ class Config(Common):
         need(self.lora_rank > 0 or not self.quantize_base, "quantize_base", "it is for LoRA; give --lora-rank 32")
         need(self.gradient_checkpointing or not self.offload_activations, "offload_activations",
              "it needs --gradient-checkpointing")
-        need(self.process_reward == "none" or r"\underline" in self.prompt_suffix, "prompt_suffix",
-             r"with process_reward core, let it ask for intermediate results: ... Put each of them in \underline{}.")
         temperature_grid(self.probe_temperatures)
 
     @property
@@ -300,40 +294,6 @@ def require(settings: object, ok: bool, name: str, advice: str) -> None:
 
 
 # ---------------------------------------------------------------- the mechanisms
-_UNDERLINED = re.compile(r"\\underline\s*+\{((?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+)\}")
-
-
-def intermediate_results(response: str) -> set[str]:
-    r"""Collect what a response underlines, without spaces and without a name before an equals sign.
-
-    >>> sorted(intermediate_results(r"so \underline{x = 12} and $\underline{\frac{1}{2}}$"))
-    ['12', '\\frac{1}{2}']
-    """
-    found = set()
-    for text in _UNDERLINED.findall(response):
-        text = re.sub(r"\s|\$|\\[,;!]|(?<=\d),(?=\d{3}(?!\d))", "", text).replace("dfrac", "frac").rstrip(".,;")
-        found.add(re.sub(r"^[A-Za-z](?:_\w|_\{\w+\})?=", "", text))
-    return found - {""}
-
-
-def core_rewards(groups: Sequence[Group], consensus: MutableMapping[str, set[str]]) -> None:
-    """Let wrong rollouts earn min(0.5, overlap) for intermediate results that correct ones have: set their rewards.
-
-    The consensus, updated in place, has for each problem id the set S of intermediate results of all its correct
-    rollouts so far; the overlap of a wrong rollout with results P is |P & S| / |S|.
-
-    Source: Polaris V2 (CORE). That S is a union over correct rollouts is our reading. A response that underlines many
-    wrong results besides loses nothing by it.
-    """
-    for group in groups:
-        shared = consensus.setdefault(group.problem.id, set())
-        shared.update(*(intermediate_results(rollout.text) for rollout in group.rollouts if rollout.correct))
-        for rollout in group.rollouts:
-            if shared and not rollout.correct:
-                overlap = len(intermediate_results(rollout.text) & shared) / len(shared)
-                rollout.reward = max(rollout.reward, min(0.5, overlap))
-
-
 def rescue(groups: Sequence[Group], sink: Any, rng: random.Random) -> list[Group]:
     """Put one correct rollout from the sink into each group that has none.
 

@@ -174,8 +174,8 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise UserError(f"device is {name}: give auto, cpu, cuda or cuda:N") from error
     if name == "auto" and torch.version.cuda and device.type == "cpu" and Path("/dev/nvidia0").exists():
-        raise UserError(f"device is auto: there is a GPU, but its driver is too old for CUDA {torch.version.cuda}, with "
-                        "which PyTorch was built (13 needs driver 580 or newer); update it, or give --device cpu")
+        raise UserError(f"device is auto: there is a GPU, but its driver is too old for PyTorch's CUDA "
+                        f"{torch.version.cuda} (13 needs driver 580 or newer): update it, or give --device cpu")
     if device.type != "cpu" and not (device.type == "cuda" and torch.cuda.is_available()):
         raise UserError(f"device is {name}: PyTorch sees no such device, or it is not supported; give --device cpu")
     return device
@@ -470,7 +470,8 @@ class VLLMEngine:
         self.dtype = resolve_dtype(settings, self.device)
         self.rollouts_per_batch, self.timeout = settings.rollouts_per_batch, settings.engine_timeout
         self.sleeps = self.device.type == "cuda" and policy is not None
-        self.offloaded = policy if self.sleeps and isinstance(settings, Config) and settings.offload_policy else None
+        training = settings if policy is not None and isinstance(settings, Config) else Config()
+        self.offloaded = policy if self.sleeps and training.offload_policy else None
         config = AutoConfig.from_pretrained(model, trust_remote_code=settings.trust_remote_code)
         text = config.get_text_config()
         # as in the release, responses may be longer than the positions that the model's config names
@@ -480,12 +481,9 @@ class VLLMEngine:
         self._move_policy(torch.device("cpu"))
         cache_bytes = kv_cache_bytes(config, settings, max_tokens, policy)
         self.adapter: Any = None  # the LoRA adapter that vLLM serves
-        self.takes_base, lora = True, dict[str, Any]()
-        if policy is not None and isinstance(settings, Config) and settings.lora_rank > 0:
-            self.takes_base = settings.quantize_base  # else vLLM reads the base itself, once
-            largest = next((r for r in get_args(MaxLoRARanks) if r >= settings.lora_rank), settings.lora_rank)
-            lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": largest}
-        self.sleep_level = 1 if lora else 2
+        lora = training.lora_rank
+        self.takes_base = lora == 0 or training.quantize_base  # else vLLM reads the base itself, once
+        self.sleep_level = 2 if lora == 0 else 1
         try:
             self.llm = LLM(
                 model=model, dtype=str(self.dtype).removeprefix("torch."),  # type: ignore[arg-type]
@@ -496,7 +494,9 @@ class VLLMEngine:
                 logprobs_mode="processed_logprobs",  # at the temperature; the default's are at 1
                 skip_tokenizer_init=True, enforce_eager=self.device.type != "cuda",
                 max_num_batched_tokens=max(2048, settings.rollouts_per_batch),  # of a step, which sets its activations
-                distributed_executor_backend="external_launcher" if rank_count() > 1 else None, **lora)  # one per rank
+                enable_lora=lora > 0, max_loras=1,
+                max_lora_rank=min((r for r in get_args(MaxLoRARanks) if r >= lora), default=lora),  # vLLM knows few
+                distributed_executor_backend="external_launcher" if rank_count() > 1 else None)  # one engine per rank
         except (ValueError, RuntimeError, OSError, SafetensorError) as error:
             raise UserError(f"engine is vllm: it does not start with {model} ({one_line(error)}): give --engine hf "
                             "or, if memory is short, lower --max-response-tokens or --rollouts-per-batch") from error
@@ -555,7 +555,7 @@ class VLLMEngine:
                                   logprobs=0, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY)  # fmt: skip
         missing = [i for i in range(len(prompts)) if i not in finished]
         for i in missing:
-            settings.seed = random.Random(f"{sampling.seed}:{i}").getrandbits(62)  # its responses take this, plus 0, 1 ...
+            settings.seed = random.Random(f"{sampling.seed}:{i}").getrandbits(62)  # for its responses plus 0, 1, ...
             prompt = {"prompt_token_ids": list(prompts[i])}
             engine.add_request(str(i), prompt, settings.clone(), lora_request=self.adapter)
         try:

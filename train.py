@@ -49,7 +49,7 @@ from transformers.utils import logging as transformers_logging
 import data
 from data import ProblemSampler, Sink
 from polaris_mini import (
-    PRESETS, Config, Group, Problem, Rollout, Stage, UserError, batch_metrics, core_rewards, health, mastered,
+    PRESETS, Config, Group, Problem, Rollout, Stage, UserError, batch_metrics, health, mastered,
     pick_temperature, policy_loss, rescue, set_advantages, substitute, temperature_grid, truncated_ratio,
 )
 from reward import RewardError, RewardPool, check_answer
@@ -83,8 +83,6 @@ def train(run: Run, stop: StopSignal) -> None:
         # 2. REWARD      1 if the boxed answer is right, else 0, graded since each group ended
         with timed("reward", metrics):
             groups = set_rewards(groups, gradings)
-            if config.process_reward == "core":
-                core_rewards(groups, state.consensus)
 
         # 3. RESCUE      a group without a correct rollout borrows one that its problem once had
         batch = rescue(groups, run.sink, rng) if config.rescue else groups
@@ -121,7 +119,6 @@ class State:
     stage_began: int = 0  # steps that were completed when it began
     temperatures: list[float] = field(default_factory=list)  # of each stage so far
     scores: dict[str, list[float]] = field(default_factory=dict)  # pass rates of each problem in this stage
-    consensus: dict[str, set[str]] = field(default_factory=dict)  # see `core_rewards`
     skipped_in_a_row: int = 0  # steps up to this one whose gradient was not finite
     warned: set[str] = field(default_factory=set)  # warnings that were given: each comes once
     diversity: float | None = None  # distinct-4 before training, which later `auto` temperatures restore
@@ -642,7 +639,6 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
 def restore(run: Run, saved: dict[str, Any]) -> None:
     """Go on from a checkpoint: set the state, the optimizer, the loss scale, the sink; chance follows from the step."""
     run.state = state = saved["state"]
-    state.consensus = {problem_id: set(results) for problem_id, results in state.consensus.items()}
     state.warned, state.skipped_in_a_row = set(state.warned), 0  # a resume may try three steps again
     if len(state.temperatures) == state.stage <= len(run.config.stages):  # the setting may be another one today
         now = run.config.schedule[state.stage - 1].temperature

@@ -208,7 +208,6 @@ SETTINGS = {  # what tyro says, or shows of what a configuration says of its val
         ("--quantize-base", "quantize_base is True: it is for LoRA; give --lora-rank 32"),
         ("--offload-activations", "offload_activations is True: it needs --gradient-checkpointing"),
         ("--probe-temperatures 1.0:0.5:0.1", "temperatures is 1.0:0.5:0.1: give START:END:STEP"),
-        ("--process-reward core", "let it ask for intermediate results"),
     ],
     "tools/evaluate.py": [
         ("sample", "sample"), ("eval --data sums.jsonl", "--model"), (f"eval {PROBLEMS} --top-p 0", "top_p is 0.0"),

@@ -36,7 +36,7 @@ def train_changed(folder: Path, options: list[str], errors: Path) -> None:
     train.main(options)
 
 
-@pytest.mark.parametrize(("change", "options"), CHANGES, ids=["reward", "temperature", "advantage", "mismatch"])
+@pytest.mark.parametrize(("change", "options"), CHANGES, ids=["reward", "core", "temperature", "advantage", "mismatch"])
 def test_change_applies_and_runs(change, options, environment, tmp_path):
     changed = [line for line in change.splitlines() if re.match(r"[+-](?![+-])", line)]
     assert 1 <= len(changed) < 15
@@ -54,6 +54,8 @@ def test_change_applies_and_runs(change, options, environment, tmp_path):
     process.join(300)
     assert process.exitcode == 0, (tmp_path / "errors").read_text()
     rollouts = lines(copy / "run" / "rollouts.jsonl")
+    if "core_rewards" in change:
+        assert any(0 < line["reward"] < 0.5 for line in rollouts)
     if "close:score" in options:
         assert {line["reward"] for line in rollouts} == {0.0, 0.5, 1.0}
     if "auto" in options:
@@ -81,8 +83,8 @@ def test_change_applies_and_runs(change, options, environment, tmp_path):
         torch.testing.assert_close(weights, torch.tensor([0.0, 0.6, 1.0, 1.9, 0.0]))
 
 
-def test_four_changes_are_shown():
-    assert len(CHANGES) == 4
+def test_five_changes_are_shown():
+    assert len(CHANGES) == 5
 
 
 def test_walkthrough_is_what_its_tool_writes(capsys):

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from polaris_mini import (
-    PRESETS, UNSOLVED, Config, Group, Problem, Rollout, Stage, Zones, advantages, batch_metrics, core_rewards,
-    distinct_n, health, intermediate_results, mastered, mean_and_interval, mean_distinct_n, pass_at_k, pick_temperature,
+    PRESETS, UNSOLVED, Config, Group, Problem, Rollout, Stage, Zones, advantages, batch_metrics,
+    distinct_n, health, mastered, mean_and_interval, mean_distinct_n, pass_at_k, pick_temperature,
     policy_loss, rescue, set_advantages, substitute, temperature_grid, temperature_zones, truncated_ratio,
 )
 
@@ -25,7 +25,7 @@ def with_pass_rate(name: str, rate: float) -> Group:
     return group(name, [1.0] * round(4 * rate) + [0.0] * (4 - round(4 * rate)))
 
 
-# ---------------------------------------------------- rewards below 1, CORE
+# ---------------------------------------------------- rewards below 1
 
 
 def test_a_reward_below_1_counts_as_unsolved_but_makes_a_group_informative():
@@ -35,41 +35,6 @@ def test_a_reward_below_1_counts_as_unsolved_but_makes_a_group_informative():
     sink: dict[str, Rollout] = {}
     rescue([partly], sink, random.Random(0))
     assert sink == {}  # a response that earned something for effort rescues nobody
-
-
-@pytest.mark.parametrize(("text", "results"), [
-    (r"first \underline{12}, then $\underline{ x_1 = 1,030. }$", {"12", "1030"}),
-    (r"\underline{x + y = 3}, \underline{x = 1, y = 2}, \underline{\dfrac12}", {"x+y=3", "1,y=2", r"\frac12"}),
-    (r"\underline{\frac{1}{2^{10}}} and \underline {\{1, 2\}}", {r"\frac{1}{2^{10}}", r"\{1,2\}"}),
-    (r"\underline{} \underline{12 and nothing closes it", set()),
-    ("", set()),
-])  # fmt: skip
-def test_intermediate_results_are_what_is_underlined(text, results):
-    assert intermediate_results(text) == results
-
-
-def with_texts(name: str, **texts: float) -> Group:
-    """a_b=1.0 is a correct response that underlines a and b."""
-    made = group(name, list(texts.values()))
-    for rollout, text in zip(made.rollouts, texts, strict=True):
-        rollout.text = "".join(rf"\underline{{{part}}}" for part in text.split("_"))
-    return made
-
-
-def test_core_rewards_pay_for_results_of_correct_responses():
-    """Source: Polaris V2: min(0.5, |P & S| / |S|), S grows online, correct responses keep their 1."""
-    consensus: dict[str, set[str]] = {"b": {"p", "q"}}
-    batch = [
-        with_texts("a", u_v=1.0, w_u_x_y=1.0, u=0.0, u_v_w_z=0.0, z=0.0),  # S = u v w x y
-        with_texts("b", p=0.0, q_p=0.0, r=0.0),  # none correct now, but before
-        with_texts("c", p_q=0.0),  # never correct: nothing to compare with
-        with_texts("d", p=1.0, q=1.0),
-    ]
-    core_rewards(batch, consensus)
-    assert [r.reward for r in batch[0].rollouts] == [1.0, 1.0, 0.2, 0.5, 0.0]  # three of five are capped
-    assert [r.reward for r in batch[1].rollouts] == [0.5, 0.5, 0.0]
-    assert [r.reward for r in batch[2].rollouts] == [0.0]
-    assert consensus == {"a": set("uvwxy"), "b": {"p", "q"}, "c": set(), "d": {"p", "q"}}
 
 
 # ------------------------------------------------------------------ advantages
@@ -505,7 +470,7 @@ def test_presets_have_the_released_values(name):
     assert (c.optimizer, c.beta1, c.beta2, c.weight_decay, c.max_grad_norm) == ("adamw", 0.9, 0.999, 0.01, 1.0)
     assert (c.clip_low, c.clip_high, c.dual_clip, c.mastered_above, c.max_prompt_tokens) == (0.2, 0.28, 3.0, 0.9, 1024)
     assert (c.advantage, c.rescue, c.rescue_ratio, c.substitute) == ("grpo", True, "on_policy", True)
-    assert (c.lora_rank, c.require_think, c.process_reward) == (0, True, "none")
+    assert (c.lora_rank, c.require_think) == (0, True)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -453,15 +453,3 @@ def test_reward_of_ones_own_trains_the_toy(sums, monkeypatch, tmp_path):
     assert all(step["optim/grad_norm"] > 0 for step in metrics)
     first = [line["reward"] for line in rollouts if line["step"] == 1]
     assert metrics[0]["reward/mean"] == pytest.approx(sum(first) / len(first))
-
-
-def test_process_reward_is_saved_and_without_underlines_changes_nothing(sums, tmp_path):
-    core, none = tmp_path / "core", tmp_path / "none"
-    options = [*SHORT, "--data", sums, "--eval-every", 2, "--prompt-suffix", r"\underline", "--max-prompt-tokens", 99]
-    start(*options, "--steps", 2, "--process-reward", "core", "--run-dir", core)
-    start("--resume", core, "--steps", 3)
-    start(*options, "--steps", 3, "--run-dir", none)
-    assert_same_run(core, none)
-    (_, folder) = sorted((core / "checkpoints").iterdir())
-    saved = json.loads((folder / "trainer_state.json").read_text())
-    assert saved["consensus"] == {line["id"]: [] for line in lines(core / "rollouts.jsonl")}

@@ -119,7 +119,6 @@ def not_on_verl(config: Config) -> list[str]:
         "Rollout Rescue: verl keeps no responses": config.rescue,
         "the removal of mastered problems between stages: measure and filter train.parquet again":
             config.mastered_above < 1,
-        "rewards for intermediate results (core)": config.process_reward == "core",
         "skipping the update of a batch with too few informative groups: its advantages are 0, but Adam's momentum "
         "moves the weights": config.substitute,
         "several updates per batch: the weights of substitution are then those of the whole batch, not of each update":

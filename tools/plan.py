@@ -405,8 +405,8 @@ def show_plan(plan: MemoryPlan, card: float, measured: Mapping[str, float]) -> N
 
 
 PLAN_LETTERS = {"policy": "P", "optimizer": "O", "gradients": "G", "CUDA": "C", "activations kept": "A",
-                "log-prob chunk": "L", "block recomputed": "B", "backward": "B", "engine weights": "E", "layer twice": "T",
-                "key-value cache": "K"}  # fmt: skip
+                "log-prob chunk": "L", "block recomputed": "B", "backward": "B", "engine weights": "E",
+                "layer twice": "T", "key-value cache": "K"}  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> None:
