@@ -472,7 +472,7 @@ class ChunkedLoss(torch.autograd.Function):
     Only one chunk's logits, (C, V), exist at a time. Each token's loss depends on its own log-prob only, so we compute
     a chunk's gradient right after its probabilities, in the forward pass, before they are freed. Recomputing the logits
     in a backward pass would cost a fourth product with the head. The head's gradient, (V, H), is added to `head.grad`
-    in place. Softmax and sums are float32 whatever the model is.
+    in place, by the product itself where both are of one type. Softmax and sums are float32 whatever the model is.
     """
 
     @staticmethod
@@ -480,17 +480,15 @@ class ChunkedLoss(torch.autograd.Function):
                 config: Config) -> tuple[Tensor, ...]:
         """hidden: (M, H); head: (V, H). The gradient is multiplied by `scale` before it is cast to 16 bits."""
         trains, trains_head = ctx.needs_input_grad[:2]
-        weight = head.detach().to(hidden.dtype)
+        weight, wide = head.detach().to(hidden.dtype), torch.promote_types(hidden.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden) if trains else None
         if trains and trains_head and head.grad is None:
             head.grad = torch.zeros_like(head)
         results = []
         for start in range(0, len(hidden), config.logprob_chunk_tokens):
             chunk = slice(start, start + config.logprob_chunk_tokens)
-            targets = row.targets[chunk, None]
-            logits = (hidden[chunk] @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))  # (C, V)
-            log_p = logits.div_(temperature).log_softmax(1)
-            del logits
+            h, targets = hidden[chunk], row.targets[chunk, None]  # (C, H), (C, 1)
+            log_p = (h @ weight.T).to(wide).div_(temperature).log_softmax(1)  # (C, V)
             logprobs = log_p.gather(1, targets)[:, 0]  # (C,)
             p = log_p.exp()
             entropy = -torch.bmm(p[:, None], log_p[:, :, None])[:, 0, 0]  # a sum that keeps no (C, V) of products
@@ -501,13 +499,12 @@ class ChunkedLoss(torch.autograd.Function):
                 scaled = losses.sum() if scale is None else losses.sum() * scale
             results.append((losses.detach(), logprobs.detach(), entropy, clipped))
             if grad_hidden is not None:
-                (gradient,) = torch.autograd.grad(scaled, logprobs)
-                gradient = gradient[:, None] / temperature  # d loss / d log-prob, then d log-prob / d logits = 1_t - p
+                gradient = torch.autograd.grad(scaled, logprobs)[0][:, None] / temperature  # times 1_t - p: of logits
                 grad_logits = p.mul_(-gradient).scatter_add_(1, targets, gradient).to(hidden.dtype)  # (C, V)
                 grad_hidden[chunk] = grad_logits @ weight
                 if head.grad is not None:
                     for grad, part in zip(head.grad.split(16384), grad_logits.split(16384, dim=1), strict=True):
-                        grad += part.T @ hidden[chunk]
+                        torch.addmm(grad, part.T, h, out=grad) if grad.dtype == part.dtype else grad.add_(part.T @ h)
         ctx.save_for_backward(grad_hidden)
         losses, logprobs, entropy, clipped = (torch.cat(values) for values in zip(*results, strict=True))
         ctx.mark_non_differentiable(logprobs, entropy, clipped)
