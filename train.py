@@ -377,8 +377,7 @@ class Row:
 
 def pack(weighted: Sequence[tuple[Rollout, float]], tokens_per_row: int) -> list[Row]:
     """Lay rollouts, each with its loss weight, into rows of at most `tokens_per_row` tokens, or into a row alone."""
-    contents: list[list[tuple[Rollout, float]]] = []
-    free: list[int] = []
+    contents, free = list[list[tuple[Rollout, float]]](), list[int]()
     for pair in sorted(weighted, key=lambda pair: -row_tokens(pair[0])):  # first fit decreasing
         size = row_tokens(pair[0])
         place = next((i for i, space in enumerate(free) if space >= size), len(contents))
@@ -423,7 +422,6 @@ def packed_attention(
     """Attend causally inside each sequence of a packed row: (1, heads, N, D) each, returns (1, N, heads, D)."""
     if row is None:
         raise RuntimeError("packed attention was called without a packed row: decode with another attention")
-    longest, bounds = max(row.sequence_lengths), row.sequence_bounds
     if any(others.get(name) is not None for name in ("softcap", "s_aux")):
         raise UserError("the model caps its attention scores or has attention sinks, which packing does not support")
     grouped = query.shape[1] != key.shape[1]
@@ -433,10 +431,10 @@ def packed_attention(
     if kind == "sdpa":
         each = zip(*(x.split(row.sequence_lengths, dim=2) for x in (query, key, value)), strict=True)
         attend = functools.partial(scaled_dot_product_attention, is_causal=True, scale=scaling, enable_gqa=grouped)
-        return torch.cat([attend(q, k, v) for q, k, v in each], dim=2).transpose(1, 2), None
+        return torch.cat([attend(q, k, v).transpose(1, 2) for q, k, v in each], dim=1), None
     # norms leave some of the three in float32 where weights are; (N, heads, D) each
     q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
-    layout = (bounds, bounds, longest, longest)
+    layout = (row.sequence_bounds,) * 2 + (max(row.sequence_lengths),) * 2
     if kind == "flash_attn":
         from flash_attn import flash_attn_varlen_func
         return flash_attn_varlen_func(q, k, v, *layout, softmax_scale=scaling, causal=True)[None], None
@@ -462,8 +460,7 @@ def forward_row(policy: nn.Module, row: Row, temperature: float, config: Config,
         hidden = model.base_model(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False, row=row,
                                   kind=config.attention).last_hidden_state[0]  # (N, H)
     hidden = (hidden if compute_dtype == torch.float32 else hidden.to(compute_dtype))[row.predicting]  # (M, H)
-    head = model.get_output_embeddings().weight  # (V, H)
-    return ChunkedLoss.apply(hidden, head, row, temperature, scale, config)
+    return ChunkedLoss.apply(hidden, model.get_output_embeddings().weight, row, temperature, scale, config)
 
 
 class ChunkedLoss(torch.autograd.Function):
