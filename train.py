@@ -284,7 +284,8 @@ def pack_share(groups: Sequence[Group], config: Config) -> list[Row] | None:
     tokens = sum(len(rollout.response_tokens) * places for rollout, places in placed)
     trained = [(rollout, places / tokens) for rollout, places in placed if rollout.advantage]
     trained.sort(key=lambda pair: -row_tokens(pair[0]))  # so that ranks get much the same lengths
-    return pack(trained[rank() :: rank_count()], config.tokens_per_micro_batch) if trained else None
+    tokens_per_row = config.row_limit(resolve_device(config.device).type)
+    return pack(trained[rank() :: rank_count()], tokens_per_row) if trained else None
 
 
 def token_losses(row: Row, chunk: slice, logprobs: Tensor, config: Config) -> tuple[Tensor, Tensor]:
