@@ -49,7 +49,8 @@ import train
 from polaris_mini import Config, Group, Problem, Rollout, set_advantages
 from reward import Grade
 from rollout import (
-    Engine, HFEngine, Sampling, VLLMEngine, load_policy, load_tokenizer, resolve_device, sample_groups, set_rewards,
+    Engine, HFEngine, Sampling, VLLMEngine, load_policy, load_tokenizer, resolve_device, resolve_dtype, sample_groups,
+    set_rewards,
 )
 
 PROMPTS, COUNT, TOKENS = 16, 8, 128  # of the engines
@@ -202,9 +203,9 @@ def make_run(policy: torch.nn.Module, config: Config) -> Any:
 def trl_settings(config: Config, folder: str, **others: Any) -> Any:
     from trl import GRPOConfig
 
-    cuda = torch.cuda.is_available()
+    device = resolve_device("auto")
     return GRPOConfig(output_dir=folder, report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True,
-                      use_cpu=not cuda, bf16=cuda and config.dtype in ("auto", "bfloat16"), beta=0.0,
+                      use_cpu=device.type == "cpu", bf16=resolve_dtype(config, device) == torch.bfloat16, beta=0.0,
                       gradient_checkpointing=config.gradient_checkpointing, **others)
 
 
@@ -371,7 +372,10 @@ def our_steps(config: Config, texts: Sequence[str], clock: Clock) -> None:
 
 
 def trl_steps(config: Config, texts: Sequence[str], clock: Clock) -> None:
-    """Let TRL train as it does by default: its generation, its loop, micro-batches of 8 responses."""
+    """Let TRL train in its own loop with its own generation, by its defaults: micro-batches of 8 responses.
+
+    Type, checkpointing and optimizer are ours, so that the work is the same.
+    """
     from datasets import Dataset
     from trl import GRPOTrainer
 
