@@ -143,7 +143,7 @@ class Common:
         for limits, word in ((AT_LEAST, "at least"), (ABOVE, "a value above")):
             for name, limit in limits.items():
                 value = getattr(self, name, None)
-                fits = value is None or value > limit or (value == limit and limits is AT_LEAST)
+                fits = value in (None, "auto") or value > limit or (value == limit and limits is AT_LEAST)
                 may_be_inf = name in ("clip_high", "dual_clip")  # off
                 require(self, fits and (may_be_inf or value != math.inf), name, f"give {word} {limit}")
 
@@ -223,8 +223,8 @@ class Config(Common):
     quantize_base: bool = False  # Keep weights under LoRA adapters in 4 bits (NF4 by bitsandbytes, arXiv 2305.14314).
 
     # memory: changes nothing in the result
-    tokens_per_micro_batch: int = 16384
-    """Prompt and response tokens of a row, forwarded without padding. Less than the longest rollout saves nothing."""
+    tokens_per_micro_batch: int | Literal["auto"] = "auto"
+    """Prompt and response tokens of a row, without padding. auto: 2048 on a CPU, which is fastest, 16384 on a GPU."""
     logprob_chunk_tokens: int = 256  # Tokens whose logits exist at once. Fewer take less memory, far fewer also longer.
     gradient_checkpointing: bool = False  # Keep only each block's input and recompute the rest in the backward pass.
     offload_activations: bool = False  # Keep each block's input in CPU memory. Needs gradient_checkpointing.
@@ -272,6 +272,11 @@ class Config(Common):
         need(self.gradient_checkpointing or not self.offload_activations, "offload_activations",
              "it needs --gradient-checkpointing")
         temperature_grid(self.probe_temperatures)
+
+    def row_limit(self, device: str) -> int:
+        """Return how many tokens a row may have on this type of device. A longer rollout gets a row alone."""
+        auto = 2048 if device == "cpu" else 16384  # a CPU's caches are small
+        return auto if self.tokens_per_micro_batch == "auto" else self.tokens_per_micro_batch
 
     @property
     def schedule(self) -> tuple[Stage, ...]:

@@ -281,7 +281,8 @@ def pack_share(groups: Sequence[Group], config: Config) -> list[Row] | None:
     tokens = sum(len(rollout.response_tokens) * places for rollout, places in placed)
     trained = [(rollout, places / tokens) for rollout, places in placed if rollout.advantage]
     trained.sort(key=lambda pair: -row_tokens(pair[0]))  # so that ranks get much the same lengths
-    return pack(trained[rank() :: rank_count()], config.tokens_per_micro_batch) if trained else None
+    tokens_per_row = config.row_limit(resolve_device(config.device).type)
+    return pack(trained[rank() :: rank_count()], tokens_per_row) if trained else None
 
 
 def token_losses(row: Row, chunk: slice, logprobs: Tensor, config: Config) -> tuple[Tensor, Tensor]:
@@ -374,8 +375,7 @@ class Row:
 
 def pack(weighted: Sequence[tuple[Rollout, float]], tokens_per_row: int) -> list[Row]:
     """Lay rollouts, each with its loss weight, into rows of at most `tokens_per_row` tokens, or into a row alone."""
-    contents: list[list[tuple[Rollout, float]]] = []
-    free: list[int] = []
+    contents, free = list[list[tuple[Rollout, float]]](), list[int]()
     for pair in sorted(weighted, key=lambda pair: -row_tokens(pair[0])):  # first fit decreasing
         size = row_tokens(pair[0])
         place = next((i for i, space in enumerate(free) if space >= size), len(contents))
@@ -420,7 +420,6 @@ def packed_attention(
     """Attend causally inside each sequence of a packed row: (1, heads, N, D) each, returns (1, N, heads, D)."""
     if row is None:
         raise RuntimeError("packed attention was called without a packed row: decode with another attention")
-    longest, bounds = max(row.sequence_lengths), row.sequence_bounds
     if any(others.get(name) is not None for name in ("softcap", "s_aux")):
         raise UserError("the model caps its attention scores or has attention sinks, which packing does not support")
     grouped = query.shape[1] != key.shape[1]
@@ -430,10 +429,10 @@ def packed_attention(
     if kind == "sdpa":
         each = zip(*(x.split(row.sequence_lengths, dim=2) for x in (query, key, value)), strict=True)
         attend = functools.partial(scaled_dot_product_attention, is_causal=True, scale=scaling, enable_gqa=grouped)
-        return torch.cat([attend(q, k, v) for q, k, v in each], dim=2).transpose(1, 2), None
+        return torch.cat([attend(q, k, v).transpose(1, 2) for q, k, v in each], dim=1), None
     # norms leave some of the three in float32 where weights are; (N, heads, D) each
     q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
-    layout = (bounds, bounds, longest, longest)
+    layout = (row.sequence_bounds,) * 2 + (max(row.sequence_lengths),) * 2
     if kind == "flash_attn":
         from flash_attn import flash_attn_varlen_func
         return flash_attn_varlen_func(q, k, v, *layout, softmax_scale=scaling, causal=True)[None], None
@@ -459,8 +458,7 @@ def forward_row(policy: nn.Module, row: Row, temperature: float, config: Config,
         hidden = model.base_model(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False, row=row,
                                   kind=config.attention).last_hidden_state[0]  # (N, H)
     hidden = (hidden if compute_dtype == torch.float32 else hidden.to(compute_dtype))[row.predicting]  # (M, H)
-    head = model.get_output_embeddings().weight  # (V, H)
-    return ChunkedLoss.apply(hidden, head, row, temperature, scale, config)
+    return ChunkedLoss.apply(hidden, model.get_output_embeddings().weight, row, temperature, scale, config)
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -469,7 +467,7 @@ class ChunkedLoss(torch.autograd.Function):
     Only one chunk's logits, (C, V), exist at a time. Each token's loss depends on its own log-prob only, so we compute
     a chunk's gradient right after its probabilities, in the forward pass, before they are freed. Recomputing the logits
     in a backward pass would cost a fourth product with the head. The head's gradient, (V, H), is added to `head.grad`
-    in place. Softmax and sums are float32 whatever the model is.
+    in place, by the product itself where both are of one type. Softmax and sums are float32 whatever the model is.
     """
 
     @staticmethod
@@ -477,17 +475,15 @@ class ChunkedLoss(torch.autograd.Function):
                 config: Config) -> tuple[Tensor, ...]:
         """hidden: (M, H); head: (V, H). The gradient is multiplied by `scale` before it is cast to 16 bits."""
         trains, trains_head = ctx.needs_input_grad[:2]
-        weight = head.detach().to(hidden.dtype)
+        weight, wide = head.detach().to(hidden.dtype), torch.promote_types(hidden.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden) if trains else None
         if trains and trains_head and head.grad is None:
             head.grad = torch.zeros_like(head)
         results = []
         for start in range(0, len(hidden), config.logprob_chunk_tokens):
             chunk = slice(start, start + config.logprob_chunk_tokens)
-            targets = row.targets[chunk, None]
-            logits = (hidden[chunk] @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))  # (C, V)
-            log_p = logits.div_(temperature).log_softmax(1)
-            del logits
+            h, targets = hidden[chunk], row.targets[chunk, None]  # (C, H), (C, 1)
+            log_p = (h @ weight.T).to(wide).div_(temperature).log_softmax(1)  # (C, V)
             logprobs = log_p.gather(1, targets)[:, 0]  # (C,)
             p = log_p.exp()
             entropy = -torch.bmm(p[:, None], log_p[:, :, None])[:, 0, 0]  # a sum that keeps no (C, V) of products
@@ -498,13 +494,12 @@ class ChunkedLoss(torch.autograd.Function):
                 scaled = losses.sum() if scale is None else losses.sum() * scale
             results.append((losses.detach(), logprobs.detach(), entropy, clipped))
             if grad_hidden is not None:
-                (gradient,) = torch.autograd.grad(scaled, logprobs)
-                gradient = gradient[:, None] / temperature  # d loss / d log-prob, then d log-prob / d logits = 1_t - p
+                gradient = torch.autograd.grad(scaled, logprobs)[0][:, None] / temperature  # times 1_t - p: of logits
                 grad_logits = p.mul_(-gradient).scatter_add_(1, targets, gradient).to(hidden.dtype)  # (C, V)
                 grad_hidden[chunk] = grad_logits @ weight
                 if head.grad is not None:
                     for grad, part in zip(head.grad.split(16384), grad_logits.split(16384, dim=1), strict=True):
-                        grad += part.T @ hidden[chunk]
+                        torch.addmm(grad, part.T, h, out=grad) if grad.dtype == part.dtype else grad.add_(part.T @ h)
         ctx.save_for_backward(grad_hidden)
         losses, logprobs, entropy, clipped = (torch.cat(values) for values in zip(*results, strict=True))
         ctx.mark_non_differentiable(logprobs, entropy, clipped)

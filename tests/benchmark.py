@@ -7,9 +7,10 @@
     python tests/benchmark.py update 4x1024 1x8192v4096p64 mixed --gradient-checkpointing --logprob-chunk-tokens 128
     python tests/benchmark.py update --against trl     # ours and TRL's by turns; needs tests/requirements-trl.txt
     python tests/benchmark.py step                     # each phase of the toy world's steps
+    python tests/benchmark.py step --against trl [MODEL] [--max-response-tokens 128 ...]  # whole steps by turns
 
 A case of the update is RESPONSESxTOKENS, then, if need be, v and the vocabulary, p and the prompt's tokens. mixed is 8
-responses of 64 to 2,048 tokens, most of them short.
+responses of 64 to 2,048 tokens, most of them short. Options are those of train.py.
 """
 from __future__ import annotations
 
@@ -27,6 +28,8 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,16 +41,23 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 import toy
 import train
-from polaris_mini import Config, Group, Problem, Rollout
-from rollout import Engine, HFEngine, Sampling, VLLMEngine, load_policy, resolve_device
+from polaris_mini import Config, Group, Problem, Rollout, set_advantages
+from reward import Grade
+from rollout import (
+    Engine, HFEngine, Sampling, VLLMEngine, load_policy, load_tokenizer, resolve_device, resolve_dtype, sample_groups,
+    set_rewards,
+)
 
 PROMPTS, COUNT, TOKENS = 16, 8, 128  # of the engines
 CASES = ("8x512", "2x2048", "16x128")  # of the update: responses x tokens
+TURNS = 3  # of a whole step, each by both contestants
+TENSORS_ALONE = {"MALLOC_MMAP_THRESHOLD_": "100000"}
+"""The C library keeps what it frees, for speed: with every tensor a mapping of its own, nothing is kept."""
 
 
 def small_model(folder: Path, vocabulary: int) -> Path:
@@ -138,7 +148,10 @@ class PeakMemory:
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
-        self.above = (torch.cuda.max_memory_allocated() / 2**20 if self._cuda else self._peak) - self._before
+
+    @property
+    def above(self) -> float:
+        return (torch.cuda.max_memory_allocated() / 2**20 if self._cuda else self._peak) - self._before
 
     def _watch(self) -> None:
         while not self._done.wait(0.005):
@@ -179,6 +192,23 @@ class Case:
                 for i, length in enumerate(self.lengths)]
 
 
+def make_run(policy: torch.nn.Module, config: Config) -> Any:
+    """Make what an update needs of a run."""
+    device = resolve_device("auto").type
+    return SimpleNamespace(policy=policy, config=config, optimizer=train.make_optimizer(policy, config),
+                           scaler=torch.amp.GradScaler(device, enabled=config.dtype == "float16"),
+                           state=SimpleNamespace(temperature=1.0))
+
+
+def trl_settings(config: Config, folder: str, **others: Any) -> Any:
+    from trl import GRPOConfig
+
+    device = resolve_device("auto")
+    return GRPOConfig(output_dir=folder, report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True,
+                      use_cpu=device.type == "cpu", bf16=resolve_dtype(config, device) == torch.bfloat16, beta=0.0,
+                      gradient_checkpointing=config.gradient_checkpointing, **others)
+
+
 def update_once(case: Case, config: Config) -> tuple[float, float]:
     """Take one update and return seconds and MiB."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -187,10 +217,7 @@ def update_once(case: Case, config: Config) -> tuple[float, float]:
         for parameter in policy.parameters():  # read from the disk only now
             parameter.data = parameter.data.clone()
     groups = [Group(Problem("p", "", ("1",)), case.rollouts())]
-    device = resolve_device("auto").type
-    run: Any = SimpleNamespace(policy=policy, config=config, optimizer=train.make_optimizer(policy, config),
-                               scaler=torch.amp.GradScaler(device, enabled=config.dtype == "float16"),
-                               state=SimpleNamespace(temperature=1.0))
+    run = make_run(policy, config)
     with PeakMemory() as memory:
         began = now()
         train.update_policy(run, groups)
@@ -201,7 +228,7 @@ def update_once(case: Case, config: Config) -> tuple[float, float]:
 def trl_update_once(case: Case, config: Config) -> tuple[float, float]:
     """Do the same work by TRL's own training step: split, loss, backward; then clip and step as we do."""
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
     from trl.trainer.utils import pad
 
     rollouts, longest = case.rollouts(), max(case.lengths)
@@ -229,11 +256,8 @@ def trl_update_once(case: Case, config: Config) -> tuple[float, float]:
         trainer = FixedRollouts(
             model, reward_funcs=lambda **_: [], processing_class=toy.toy_tokenizer(),
             train_dataset=Dataset.from_dict({"prompt": ["1"] * len(rollouts)}),
-            args=GRPOConfig(
-                output_dir=temporary, per_device_train_batch_size=math.ceil(len(rollouts) / parts),
-                gradient_accumulation_steps=parts, num_generations=len(rollouts), bf16=False, report_to="none",
-                gradient_checkpointing=config.gradient_checkpointing, use_cpu=not torch.cuda.is_available(), beta=0.0,
-            ),
+            args=trl_settings(config, temporary, per_device_train_batch_size=math.ceil(len(rollouts) / parts),
+                              gradient_accumulation_steps=parts, num_generations=len(rollouts)),
         )  # fmt: skip
     trainer.current_gradient_accumulation_steps = parts
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr)
@@ -268,8 +292,7 @@ def updates(rest: list[str]) -> None:
         seconds, memory, usual = defaultdict(list), {}, {}
         contestants = ["ours", "trl"] if against else ["ours"]
         for who in contestants:
-            # The C library keeps what it frees, for speed: with every tensor a mapping of its own, nothing is kept.
-            memory[who] = in_its_own_process(who, case, options, {"MALLOC_MMAP_THRESHOLD_": "100000"})[1]
+            memory[who] = in_its_own_process(who, case, options, TENSORS_ALONE)[1]
         for _ in range(3):
             for who in contestants:  # by turns: what disturbs the machine disturbs both
                 took, process = in_its_own_process(who, case, options, {})
@@ -301,6 +324,162 @@ def steps() -> None:
         print(f"{phase:8} {statistics.median(taken):7.3f} ({min(taken):.3f}, {max(taken):.3f})")
 
 
+class Clock:
+    """Time the steps of a contestant, each when its turn comes, by standard input and output."""
+
+    def __init__(self, memory: PeakMemory) -> None:
+        self._memory, self._times = memory, list[float]()
+
+    def begin(self) -> None:
+        sys.stdin.readline()
+        self._times = [now()]
+
+    def drawn(self) -> None:
+        self._times.append(now())
+
+    def end(self) -> None:
+        begin, drawn, end = *self._times, now()
+        print("took", drawn - begin, end - drawn, end - begin, self._memory.above, flush=True)
+
+
+class HalfRight:
+    """Grade without looking, so that every group has a gradient."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def submit(self, *_: object) -> Future[Grade]:
+        self._count, future = self._count + 1, Future[Grade]()
+        future.set_result(Grade(float(self._count % 2), "correct" if self._count % 2 else "wrong"))
+        return future
+
+
+def our_steps(config: Config, texts: Sequence[str], clock: Clock) -> None:
+    policy, tokenizer, pool = load_policy(config), load_tokenizer(config.model, config), HalfRight()
+    run, engine = make_run(policy, config), HFEngine(policy, tokenizer, config)
+    engine.stop_tokens = [-1]  # no token of the model: all responses have full length
+    problems = [Problem(text, text, ("1",), prompt_tokens=tuple(tokenizer(text)["input_ids"])) for text in texts]
+    for seed in range(1 + TURNS):
+        clock.begin()
+        engine.wake(policy)
+        sampling = Sampling(1.0, config.longest_response, seed)
+        groups = set_rewards(*sample_groups(engine, pool, problems, config.group_size, sampling))  # type: ignore
+        engine.sleep()
+        clock.drawn()
+        set_advantages(groups, config.advantage)
+        train.update_policy(run, groups)
+        clock.end()
+
+
+def trl_steps(config: Config, texts: Sequence[str], clock: Clock) -> None:
+    """Let TRL train in its own loop with its own generation, by its defaults: micro-batches of 8 responses.
+
+    Type, checkpointing and optimizer are ours, so that the work is the same.
+    """
+    from datasets import Dataset
+    from trl import GRPOTrainer
+
+    class Timed(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+            drawn = super()._generate_and_score_completions(inputs)
+            assert drawn["completion_mask"].all(), "a response ended early"
+            clock.drawn()
+            return drawn
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            clock.begin()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.end()
+
+    with tempfile.TemporaryDirectory() as temporary:
+        trainer = Timed(
+            AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32),
+            reward_funcs=lambda completions, **_: [i % 2 for i in range(len(completions))],
+            processing_class=load_tokenizer(config.model, config), train_dataset=Dataset.from_dict({"prompt": texts}),
+            args=trl_settings(
+                config, temporary, max_steps=1 + TURNS, learning_rate=config.lr, lr_scheduler_type="constant",
+                max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay,
+                optim={"adamw": "adamw_torch_fused", "sgd": "sgd"}[config.optimizer],
+                gradient_accumulation_steps=len(texts) * config.group_size // 8, num_generations=config.group_size,
+                max_completion_length=config.longest_response, generation_kwargs={"eos_token_id": [-1]},
+            ),
+            callbacks=[Steps()],
+        )  # fmt: skip
+        trainer.eos_token_ids = [-1]
+        trainer.train()
+
+
+@contextlib.contextmanager
+def contestant(who: str, options: list[str], environment: dict[str, str]) -> Iterator[Callable[[], list[float]]]:
+    """Start a process that takes a step each time it is told to; yield what tells it.
+
+    That returns the seconds of rollout, update and both, and the most MiB so far above the loaded model.
+    """
+    command = [sys.executable, __file__, "contest", who, *options]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    with (tempfile.TemporaryFile("w+") as errors,
+          subprocess.Popen(command, **pipes, stderr=errors, env={**os.environ, **environment}) as process):
+        def step() -> list[float]:
+            print(file=process.stdin)
+            for line in process.stdout or ():
+                if line.startswith("took "):
+                    return [float(word) for word in line.split()[1:]]
+            errors.seek(0)
+            raise SystemExit(errors.read())
+
+        try:
+            yield step
+        finally:
+            process.terminate()
+
+
+def contest_config(options: list[str]) -> Config:
+    return tyro.cli(Config, args=options, default=Config(max_response_tokens=128))
+
+
+def steps_against_trl(rest: list[str]) -> None:
+    """Let ours and TRL take whole steps by turns. The first step of each warms up."""
+    with tempfile.TemporaryDirectory() as temporary:
+        if not rest or rest[0].startswith("--"):
+            toy.toy_tokenizer().save_pretrained(small_model(Path(temporary), vocabulary=1024))
+            rest = [temporary, *rest]
+        prompts = "8" if rest[0] == temporary else "4"
+        options = ["--model", rest[0], "--prompts-per-step", prompts, *rest[1:]]
+        config = contest_config(options)
+        tokens = config.prompts_per_step * config.group_size * config.longest_response
+        name = "small model" if config.model == temporary else config.model
+        print(f"{name}, {resolve_device('auto')}, {torch.get_num_threads()} threads; {config.prompts_per_step} x "
+              f"{config.group_size} x {config.longest_response} tokens; {' '.join(rest[1:]) or 'default settings'}")
+        with contestant("ours", options, {}) as our_step, contestant("trl", options, {}) as trl_step:
+            turns = [(our_step(), trl_step()) for _ in range(1 + TURNS)]  # what disturbs one disturbs both
+        tensors = []
+        for who in ("ours", "trl"):
+            with contestant(who, options, TENSORS_ALONE) as step:
+                tensors.append([step()[3] for _ in range(2)][-1])  # the first makes the optimizer's state
+    print("          ours, s (least, most)    TRL, s (least, most)    tokens/s, ours and TRL")
+    ratios = []
+    for i, phase in enumerate(("rollout", "update", "step")):
+        mine, theirs = ([turn[who][i] for turn in turns[1:]] for who in (0, 1))
+        seconds = "".join(f"{statistics.median(x):9.2f} ({min(x):.2f}, {max(x):.2f})".ljust(25) for x in (mine, theirs))
+        speeds = "".join(f"{tokens / statistics.median(x):10,.0f}" for x in (mine, theirs))
+        print(f"{phase:8} {seconds} {speeds}")
+        ratio = [t / o for o, t in zip(mine, theirs, strict=True)]
+        ratios.append(f"{phase} {statistics.median(ratio):.2f} ({min(ratio):.2f}, {max(ratio):.2f})")
+    process = [last[3] for last in turns[-1]]
+    for what, mib in (("tensors", tensors), ("the process", process)):
+        print(f"MiB of {what}: ours {mib[0]:,.0f}, TRL {mib[1]:,.0f}")
+    print(f"times as fast as TRL (least, most): {', '.join(ratios)}")
+
+
+def contest(who: str, options: list[str]) -> None:
+    config = contest_config(options)
+    texts = [" + ".join(str(12 + 7 * i + j) for j in range(6 + i)) for i in range(config.prompts_per_step)]
+    with PeakMemory() as memory:
+        (our_steps if who == "ours" else trl_steps)(config, texts, Clock(memory))
+
+
 def main(arguments: list[str]) -> None:
     transformers_logging.disable_progress_bar()
     command, *rest = arguments or ["--help"]
@@ -311,7 +490,10 @@ def main(arguments: list[str]) -> None:
     elif command == "update":
         updates(rest)
     elif command == "step":
-        steps()
+        words = [word for word in rest if word not in ("--against", "trl")]
+        steps_against_trl(words) if "--against" in rest else steps()
+    elif command == "contest":
+        contest(rest[0], rest[1:])
     elif command == "once":
         who, case, *options = rest
         config = tyro.cli(Config, args=["--optimizer", "sgd", *options])

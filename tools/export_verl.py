@@ -106,7 +106,7 @@ def verl_script(config: Config, options: ExportVerl) -> str:
     for stage in config.schedule:
         length, end = config.max_prompt_tokens + stage.max_response_tokens, begin + stage.steps
         stages.append(f"stage {begin} {end} {'reset' if stage.reset_optimizer else 'keep'} {stage.temperature} "
-                      f"{stage.max_response_tokens} {max(length, config.tokens_per_micro_batch)}")
+                      f"{stage.max_response_tokens} {max(length, config.row_limit('cuda'))}")
         begin = end
     script = (Path(__file__).parent / "verl" / "run.sh").read_text()
     script = re.sub(r"<(\w+)>", lambda match: shlex.quote(str(values[match[1]])), script)

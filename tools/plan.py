@@ -131,7 +131,7 @@ def update_bytes(policy: torch.nn.Module, config: Config, longest: int) -> tuple
 
     Not estimated by formulas but found by a dry run of the update's own code. `longest`: a prompt and its response.
     """
-    row = max(longest, min(config.tokens_per_micro_batch, longest * config.prompts_per_step * config.group_size))
+    row = max(longest, min(config.row_limit("cuda"), longest * config.prompts_per_step * config.group_size))
     same = replace(config, quantize_base=False, offload_activations=False, offload_policy=False, attention="sdpa",
                    optimizer="adamw", lr=1.0, stages=("1:1:1",), rollouts_per_batch=1, tokens_per_micro_batch=1,
                    max_prompt_tokens=1, data="", preset="")  # in these a dry run would not differ
@@ -372,7 +372,7 @@ def run_plan(options: PlanOptions, config: Config) -> None:
         if length < 128:
             print("nothing that is known here makes it fit: take a smaller model or a larger GPU")
             return
-        row = min(config.tokens_per_micro_batch, length + config.max_prompt_tokens)
+        row = min(config.row_limit("cuda"), length + config.max_prompt_tokens)
         fitting = [*changes, ({"max_response_tokens": length, "tokens_per_micro_batch": row}, "shorter responses")]
     fitting = without_needless(fitting, peak_with, card)
     print(f"the cheapest change that fits: {summary(changed(config, fitting))}")

@@ -163,8 +163,9 @@ def update(policy: Any, batch: Sequence[Group], own: Group, temperature: float, 
     gradient = gradient_of(policy)
     policy.zero_grad(set_to_none=True)
     vocabulary = policy.config.vocab_size
-    gib = config.tokens_per_micro_batch * 151_936 * 4 / 2**30
-    say(f"Here its logits have {vocabulary} columns. With the 151,936 of Qwen3, {config.tokens_per_micro_batch:,} "
+    row_limit = config.row_limit("cuda")
+    gib = row_limit * 151_936 * 4 / 2**30
+    say(f"Here its logits have {vocabulary} columns. With the 151,936 of Qwen3, {row_limit:,} "
         f"tokens would have {gib:.1f} GiB of them, several times over. So the trainer does the same in another way. "
         f"`pack` lays the {sequences} rollouts with an advantage into rows without padding, here {len(rows)} of "
         f"{packed:,} tokens together. `packed_attention` keeps them apart. `ChunkedLoss` makes the logits of "
@@ -179,7 +180,7 @@ def update(policy: Any, batch: Sequence[Group], own: Group, temperature: float, 
         ["a weight's gradient, at most", f"{largest:.6f}", "", f"{max(difference.values()):.0e}"]])
 
     say("The first tokens of our group's first response. The sampler's log-probs are those that the engine gave:")
-    (alone,) = train.pack([(first, own.places / tokens)], config.tokens_per_micro_batch)
+    (alone,) = train.pack([(first, own.places / tokens)], row_limit)
     with torch.no_grad():
         _, logprobs, entropy, _ = train.forward_row(policy, alone, temperature, config)
     losses, _ = train.token_losses(alone, slice(None), logprobs, config)
