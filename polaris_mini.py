@@ -10,6 +10,8 @@ Dimensions in comments: P problems of a step, G rollouts of a group, T tokens of
 """
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import random
 import statistics
@@ -19,6 +21,8 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -224,7 +228,7 @@ class Config(Common):
 
     # memory: changes nothing in the result
     tokens_per_micro_batch: int | Literal["auto"] = "auto"
-    """Prompt and response tokens of a row, without padding. auto: 2048 on a CPU, which is fastest, 16384 on a GPU."""
+    """Prompt and response tokens of a row, without padding. auto: 1024 on a CPU, which is fastest, 16384 on a GPU."""
     logprob_chunk_tokens: int = 256  # Tokens whose logits exist at once. Fewer take less memory, far fewer also longer.
     gradient_checkpointing: bool = False  # Keep only each block's input and recompute the rest in the backward pass.
     offload_activations: bool = False  # Keep each block's input in CPU memory. Needs gradient_checkpointing.
@@ -275,7 +279,7 @@ class Config(Common):
 
     def row_limit(self, device: str) -> int:
         """Return how many tokens a row may have on this type of device. A longer rollout gets a row alone."""
-        auto = 2048 if device == "cpu" else 16384  # a CPU's caches are small
+        auto = 1024 if device == "cpu" else 16384  # a CPU's caches are small
         return auto if self.tokens_per_micro_batch == "auto" else self.tokens_per_micro_batch
 
     @property
@@ -607,3 +611,40 @@ PRESETS |= {
         eval_every=10),
 }  # fmt: skip
 PRESETS = {name: replace(preset, preset=name) for name, preset in PRESETS.items()}
+
+
+# -------------------------------------------------------------------- the command line
+FIXED_IN_A_RUN = ("model", "data", "seed", "optimizer", "lora_rank", "lora_alpha", "quantize_base", "eval_data",
+                  "eval_problems", "prompt_suffix", "preset")  # fmt: skip
+
+
+def read_config(arguments: Sequence[str], description: str | None = None) -> Config:
+    """Make the configuration: first the preset or the resumed run, then the options over it."""
+    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # options that decide about others' defaults
+    for name in ("--resume", "--preset", "--model", "--data"):
+        ahead.add_argument(name)
+    given = ahead.parse_known_args(arguments)[0]
+    if given.resume is not None:
+        default = replace(saved_config(Path(given.resume)), resume=given.resume, run_dir=given.resume)
+    else:
+        preset = given.preset or ("recipe" if given.model else "toy")
+        if preset not in PRESETS:
+            raise UserError(f"preset is {preset}: give one of {', '.join(PRESETS)}")
+        default = PRESETS[preset]
+        if given.data is not None:  # the preset's held-out problems belong to the preset's data
+            default = replace(default, eval_data=None)
+    config = tyro.cli(Config, args=arguments, prog="train.py", description=description, default=default)
+    if not (config.model and config.data):
+        raise UserError("model or data is missing: give --model and --data, or a --preset that has them")
+    for name in FIXED_IN_A_RUN if given.resume else ():
+        if getattr(config, name) != getattr(default, name):
+            raise UserError(f"{name} is {getattr(config, name)}: in this run it stays {getattr(default, name)}")
+    return config
+
+
+def saved_config(folder: Path) -> Config:
+    try:
+        fields = json.loads((folder / "config.json").read_text())
+        return Config(**{**fields, "stages": tuple(fields["stages"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"resume is {folder}: no config.json of a run can be read there ({error})") from error

@@ -11,7 +11,6 @@ Dimensions: N tokens of a packed row, M of them predict a response token, C of t
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import hashlib
@@ -35,9 +34,20 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from polaris_mini import (
+    Config, Group, Problem, Rollout, Stage, UserError, batch_metrics, health, mastered, pick_temperature, policy_loss,
+    read_config, rescue, set_advantages, substitute, temperature_grid, truncated_ratio,
+)
+
+if __name__ == "__main__":  # help, or what is wrong with the options, before the imports below, which take seconds
+    try:
+        read_config(sys.argv[1:], __doc__)
+    except UserError as error:
+        print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
 import torch
 import torch.distributed as dist
-import tyro
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
@@ -48,10 +58,6 @@ from transformers.utils import logging as transformers_logging
 
 import data
 from data import ProblemSampler, Sink
-from polaris_mini import (
-    PRESETS, Config, Group, Problem, Rollout, Stage, UserError, batch_metrics, health, mastered,
-    pick_temperature, policy_loss, rescue, set_advantages, substitute, temperature_grid, truncated_ratio,
-)
 from reward import RewardError, RewardPool, check_answer
 from rollout import (
     Engine, Evaluation, HFEngine, ProbeCurves, Sampling, VLLMEngine, autocast, base_model, causal_lm, check_model,
@@ -805,47 +811,10 @@ class StopSignal:
             raise KeyboardInterrupt
 
 
-# -------------------------------------------------------------------- the command line
-FIXED_IN_A_RUN = ("model", "data", "seed", "optimizer", "lora_rank", "lora_alpha", "quantize_base", "eval_data",
-                  "eval_problems", "prompt_suffix", "preset")  # fmt: skip
-
-
-def read_config(arguments: Sequence[str]) -> Config:
-    """Make the configuration: first the preset or the resumed run, then the options over it."""
-    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # options that decide about others' defaults
-    for name in ("--resume", "--preset", "--model", "--data"):
-        ahead.add_argument(name)
-    given = ahead.parse_known_args(arguments)[0]
-    if given.resume is not None:
-        default = replace(saved_config(Path(given.resume)), resume=given.resume, run_dir=given.resume)
-    else:
-        preset = given.preset or ("recipe" if given.model else "toy")
-        if preset not in PRESETS:
-            raise UserError(f"preset is {preset}: give one of {', '.join(PRESETS)}")
-        default = PRESETS[preset]
-        if given.data is not None:  # the preset's held-out problems belong to the preset's data
-            default = replace(default, eval_data=None)
-    config = tyro.cli(Config, args=arguments, prog="train.py", description=__doc__, default=default)
-    if not (config.model and config.data):
-        raise UserError("model or data is missing: give --model and --data, or a --preset that has them")
-    for name in FIXED_IN_A_RUN if given.resume else ():
-        if getattr(config, name) != getattr(default, name):
-            raise UserError(f"{name} is {getattr(config, name)}: in this run it stays {getattr(default, name)}")
-    uses_vllm(config)  # an error if vLLM is named and not installed
-    return config
-
-
-def saved_config(folder: Path) -> Config:
-    try:
-        fields = json.loads((folder / "config.json").read_text())
-        return Config(**{**fields, "stages": tuple(fields["stages"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"resume is {folder}: no config.json of a run can be read there ({error})") from error
-
-
 def main(arguments: Sequence[str]) -> None:
     transformers_logging.disable_progress_bar()
-    config = read_config(arguments)
+    config = read_config(arguments, __doc__)
+    uses_vllm(config)  # an error if vLLM is named and not installed
     start_ranks(config)
     run, stop = set_up(config), StopSignal()
     with run.pool, run.log_file or contextlib.nullcontext():

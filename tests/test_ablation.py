@@ -16,7 +16,7 @@ import ablate
 import data
 import toy
 import train
-from polaris_mini import PRESETS, advantages
+from polaris_mini import PRESETS, advantages, read_config, saved_config
 from reward import RewardPool
 from rollout import HFEngine, Sampling, load_tokenizer, sample_groups, set_rewards
 
@@ -31,7 +31,7 @@ def test_with_all_mechanisms_off_training_is_plain_grpo_to_the_bit(tmp_path):
     train.main([*options, *off, "--run-dir", str(tmp_path / "run")])
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoints" / "step_000003").state_dict()
 
-    config = train.read_config(options)
+    config = read_config(options)
     tokenizer, policy = load_tokenizer(config.model, config), train.load_policy(config)
     problems = data.encode_prompts(data.load_problems(str(even)), tokenizer, config)
     before = {name: value.clone() for name, value in policy.state_dict().items()}
@@ -132,7 +132,7 @@ def test_ablate_runs_every_variant_once_and_goes_on_where_it_stopped(run_train, 
     steps = {path.parent.name: len(lines(path)) for path in out.glob("*/metrics.jsonl")}
     assert len(steps) == 6
     assert set(steps.values()) == {2}
-    config = train.saved_config(out / "no-rescue-4")
+    config = saved_config(out / "no-rescue-4")
     assert (config.seed, config.model, config.rescue) == (4, str(out / "world-4" / "model"), False)
 
     shutil.rmtree(out / "plain-GRPO-4")  # as if the command had ended before it

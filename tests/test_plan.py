@@ -20,7 +20,7 @@ from transformers import (
 import train
 from data import UserError
 from plan import CUDA_CONTEXT, GIB, MemoryPlan, dry_run, main, plan_memory, show_plan
-from polaris_mini import PRESETS, Config, Group, Problem
+from polaris_mini import PRESETS, Config, Group, Problem, read_config
 from rollout import load_policy
 
 UPDATE = ("log-probs", "backward", "optimizer step")
@@ -101,7 +101,7 @@ def test_dry_run_does_not_depend_on_the_number_of_layers_or_chunks_it_runs(tmp_p
 
 
 def planned(arguments: str, card: float = 24) -> MemoryPlan:
-    return plan_memory(train.read_config(["--data", "unread", *arguments.split()]), card * GIB)
+    return plan_memory(read_config(["--data", "unread", *arguments.split()]), card * GIB)
 
 
 def test_plan_knows_what_each_option_changes():
@@ -189,7 +189,7 @@ def test_plan_refuses_a_sliding_window_as_training_does(tmp_path, capsys, shape,
     for tokens in (64, 3072, 3073):  # and a prompt of 1024
         asked = f"--model {tmp_path} --max-response-tokens {tokens} --device cpu"
         with refused if slides and tokens == 3073 else nullcontext():
-            load_policy(train.read_config(["--data", "unread", *asked.split()]))
+            load_policy(read_config(["--data", "unread", *asked.split()]))
         with refused if slides and tokens == 3073 else nullcontext():
             assert "\nfits: " in shown(capsys, f"--gpu-memory 8 {asked}")
     assert not slides or capsys.readouterr().out == ""  # nothing is shown of what cannot be

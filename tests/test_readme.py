@@ -14,7 +14,7 @@ from fast_start import ROOT
 import toy
 import train
 from difficulty import write_problems
-from polaris_mini import PRESETS
+from polaris_mini import PRESETS, read_config
 
 PAGES = {f"{path.relative_to(ROOT)}": path.read_text() for path in [
     ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -110,7 +110,7 @@ def test_options_of_the_readme_make_a_configuration():
     cells = [cell for text in PAGES.values() for cell in re.findall(r"`(--preset [^`]+)`", without_blocks(text))]
     assert len(cells) >= 5
     for cell in cells:
-        train.read_config([*shlex.split(cell.replace("…", "")), "--data", "sums.jsonl"])
+        read_config([*shlex.split(cell.replace("…", "")), "--data", "sums.jsonl"])
 
 
 def test_every_option_and_tool_that_is_named_exists():

@@ -21,7 +21,7 @@ import report
 import toy
 import train
 from data import UserError
-from polaris_mini import PRESETS, Common, Config, Problem
+from polaris_mini import PRESETS, Common, Config, Problem, read_config
 from rollout import load_model, prepare_policy
 
 SMALL = ["--prompts-per-step", "8", "--group-size", "4", "--eval-problems", "8", "--eval-rollouts", "2",
@@ -155,10 +155,10 @@ def test_checkpoint_is_a_hugging_face_model(finished):
 def test_the_toy_preset_is_a_run_like_any_other():
     toy_run = PRESETS["toy"]
     assert all(Path(name).exists() for name in (toy_run.model, toy_run.data, toy_run.eval_data))
-    named = train.read_config([])
+    named = read_config([])
     assert named.preset == "toy"
     assert named.mismatch == "auto"  # decided by the engine at each start
-    assert train.read_config(["--data", "own.jsonl"]).eval_data is None  # which belongs to the toy's data
+    assert read_config(["--data", "own.jsonl"]).eval_data is None  # which belongs to the toy's data
 
 
 # ------------------------------------------------------------------------- resume

@@ -397,9 +397,9 @@ def test_packing_wastes_less_than_two_percent(monkeypatch):
 
 
 def test_rows_are_short_on_a_cpu_unless_the_user_says_how_long():
-    long = {"response_tokens": [7] * 700, "sampler_logprobs": [-1.0] * 700}
+    long = {"response_tokens": [7] * 450, "sampler_logprobs": [-1.0] * 450}
     rollouts = [replace(rollout, **long) for rollout in random_rollouts(9)]
-    for limit, most in (("auto", 2), (2900, 4)):
+    for limit, most in (("auto", 2), (1900, 4)):
         rows = train.pack_share(grouped(rollouts, [1, 1, 1]), Config(device="cpu", tokens_per_micro_batch=limit))
         assert max(len(row.sequence_lengths) for row in rows) == most
     assert Config().row_limit("cuda") == 16384

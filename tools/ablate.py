@@ -28,7 +28,7 @@ import data
 import train
 from difficulty import Filter, filter_problems, write_problems
 from evaluate import Measure, run_measure
-from polaris_mini import PRESETS, Common, Config, UserError, mean_and_interval
+from polaris_mini import PRESETS, Common, Config, UserError, mean_and_interval, read_config, saved_config
 from reward import RewardError, check_answer
 from toy import World, make_world
 
@@ -82,7 +82,7 @@ def run_ablation(options: Ablate, config: Config, stop: train.StopSignal) -> Non
             folder = options.out / f"{name.replace(' ', '-')}-{seed}"
             runs[name].append(folder)
             begun = (folder / "config.json").exists()
-            if begun and train.saved_config(folder) != variant:
+            if begun and saved_config(folder) != variant:
                 raise UserError(f"out is {options.out}: its runs have other settings; give another --out")
             if not is_complete(folder, config.total_steps):
                 print(f"seed {seed}, {name}", flush=True)
@@ -248,7 +248,7 @@ def draw_ablation(runs: Mapping[str, Sequence[Path]], path: Path) -> Path:
 def main(arguments: Sequence[str]) -> None:
     transformers_logging.disable_progress_bar()
     options, others = tyro.cli(Ablate, args=arguments, prog="tools/ablate.py", return_unknown_args=True)
-    config, stop = train.read_config(others), train.StopSignal()
+    config, stop = read_config(others), train.StopSignal()
     try:
         run_ablation(options, config, stop)
     except KeyboardInterrupt:

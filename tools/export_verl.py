@@ -20,9 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import training_and_held_out, written_whole
 from difficulty import write_problems
 from plan import model_shape
-from polaris_mini import Config, UserError
+from polaris_mini import Config, UserError, read_config
 from reward import check_answer
-from train import read_config
 
 
 @dataclass(frozen=True)

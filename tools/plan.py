@@ -29,11 +29,11 @@ from transformers.utils import logging as transformers_logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 from data import UserError
-from polaris_mini import Config, Rollout
+from polaris_mini import Config, Rollout, read_config
 from rollout import (
     ENGINE_LEAST, ENGINE_SHARE, KV_BLOCK, base_model, causal_lm, kv_bytes_per_token, optimizer_bytes, prepare_policy,
 )
-from train import forward_row, pack, read_config
+from train import forward_row, pack
 
 GIB = 2**30
 CUDA_CONTEXT = 1.0 * GIB

@@ -66,7 +66,7 @@ class Options:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute type. auto: bfloat16 on a GPU, float32 on a CPU."""
     tokens_per_micro_batch: int | Literal["auto"] = "auto"
-    """Prompt and response tokens that are forwarded together: memory and speed. auto: 2048 on a CPU, else 16384."""
+    """Prompt and response tokens that are forwarded together: memory and speed. auto: 1024 on a CPU, else 16384."""
     gradient_checkpointing: bool = False
     """Keep only each block's input and recompute the rest in the backward pass."""
     trust_remote_code: bool = False
