@@ -25,6 +25,7 @@ SHORT = ("--data sums.jsonl --eval-problems 4 --eval-rollouts 1 --steps 1 --grou
 HERE = {
     "train.py --help": "",
     "train.py --reward close": "tests/test_changes.py",
+    "train.py --steps 3": "tests/test_changes.py",
     "train.py --temperature auto": "tests/test_changes.py",
     "train.py --advantage rloo": "tests/test_changes.py",
     "train.py --mismatch icepop": "tests/test_changes.py",
