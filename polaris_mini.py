@@ -607,7 +607,7 @@ PRESETS |= {
     "rtx-2x24gb": replace(PRESETS["polaris-4b"], **_WORKSTATION),
     "toy": Config(
         model=str(TOY / "model"), data=str(TOY / "problems.jsonl"), eval_data=str(TOY / "held_out.jsonl"),
-        prompt_suffix="", max_prompt_tokens=64, stages=("40:1.0:80", "40:1.1:128"), prompts_per_step=32, lr=2e-4,
+        prompt_suffix="", max_prompt_tokens=64, stages=("40:1.0:80", "60:1.1:128"), prompts_per_step=32, lr=3e-4,
         eval_every=10),
 }  # fmt: skip
 PRESETS = {name: replace(preset, preset=name) for name, preset in PRESETS.items()}

@@ -72,11 +72,11 @@ class World:
     """Fewest and most terms of a sum. More terms are harder."""
     hard: float = 0.3
     """Share of the sums of a last digit and a term that the warm start teaches wrong now and then."""
-    wrong: float = 0.65
+    wrong: float = 0.6
     """How often it teaches those wrong."""
-    haste: float = 0.2
+    haste: float = 0.5
     """How often a line of working adds one term more than it must."""
-    warmup_steps: int = 600
+    warmup_steps: int = 2000
     """Supervised steps of the warm start, on 32 worked sums each. With fewer the model is worse at sums."""
 
     def __post_init__(self) -> None:
@@ -120,7 +120,7 @@ def draw_sums(rng: random.Random, terms: Sequence[int]) -> Iterator[Problem]:
 def toy_response(problem: Problem, rng: random.Random | None, world: World = DEFAULT) -> str:
     r"""Work a toy problem out line by line, with the bad habits that GRPO is to undo; without them if rng is None.
 
-    Some lines hastily add several terms at once, which a tiny model does worse. Some sums of a last digit and a term
+    Many lines hastily add several terms at once, which a tiny model does worse. Some sums of a last digit and a term
     are mostly taught wrong, always by the same slip: greedy decoding repeats it, sampling now and then does not. So
     problems are 8/8, 0/8 or anything between, depending on the sums that are in them.
 
