@@ -36,8 +36,8 @@ def grade(response: str, answers: object, *, require_think: bool, truncated: boo
 
 def even_sums(path: Path, count: int) -> Path:
     """Write problems that accept any even number: even a model that can hardly add is often right, and often not."""
-    rows = [{"problem": p.text, "answer": [str(n) for n in range(0, 30, 2)]}
-            for p in toy.toy_problems(count, seed=5, terms=[2])]
+    rows = [{"problem": p.text, "answer": [str(n) for n in range(0, 40, 2)]}
+            for p in toy.toy_problems(count, seed=5, terms=[3])]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

@@ -46,7 +46,7 @@ HERE = {
     "tools/grade.py": "",
     "tools/evaluate.py measure": "--rollouts 2 --problems 8 --max-response-tokens 40 --prompt-suffix ''",
     "tools/difficulty.py": "",
-    "tools/evaluate.py probe": "--problems 4 --rollouts 2 --temperatures 0.8,1.0 --max-response-tokens 40 "
+    "tools/evaluate.py probe": "--problems 8 --rollouts 2 --temperatures 0.8,1.0 --max-response-tokens 99 "
                                "--prompt-suffix ''",
     "tools/evaluate.py eval": "--rollouts 2 --max-response-tokens 32",
 }  # fmt: skip

@@ -451,7 +451,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_an_error_unless_the_cpu_is_asked_for(m
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/dev/nvidia0")
-    with pytest.raises(UserError, match=r"device is auto: .* too old for CUDA 13\.0.* driver 580 or newer"):
+    with pytest.raises(UserError, match=r"device is auto: .* too old for PyTorch's CUDA 13\.0 .*driver 580 or newer"):
         resolve_device("auto")
     assert resolve_device("cpu").type == "cpu"
 

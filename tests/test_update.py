@@ -517,7 +517,7 @@ def test_a_float16_gradient_that_overflows_changes_nothing_and_halves_the_scale(
 def test_a_run_seeks_its_loss_scale_for_as_long_as_it_takes_and_saves_it(tmp_path, monkeypatch):
     """Overflows of this search are no gradients that are not finite, of which three in a row end the run."""
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**28))
-    train.main(["--dtype", "float16", "--prompts-per-step", "4", "--group-size", "4", "--stages", "10:1.0:80",
+    train.main(["--dtype", "float16", "--prompts-per-step", "8", "--group-size", "4", "--stages", "10:1.0:80",
                 "--no-substitute", "--eval-every", "-1", "--run-dir", str(tmp_path / "run")])  # fmt: skip
     skipped = [m["optim/skipped"] for m in lines(tmp_path / "run" / "metrics.jsonl")]
     assert skipped[:4] == [1] * 4

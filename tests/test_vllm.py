@@ -232,7 +232,7 @@ def test_vllm_takes_the_first_gpu_only(monkeypatch, tmp_path):
 def test_policy_learns_and_its_logprobs_are_the_engines(tmp_path):
     train.main(["--preset", "toy", "--engine", "vllm", "--device", "cpu", "--data",
                 str(even_sums(tmp_path / "even.jsonl", 60)), "--stages", "8:1.0:40", "--prompts-per-step", "12",
-                "--eval-problems", "16", "--eval-rollouts", "4", "--lr", "3e-4", "--run-dir", str(tmp_path / "run")])
+                "--eval-problems", "16", "--eval-rollouts", "4", "--lr", "1e-3", "--run-dir", str(tmp_path / "run")])
     before, after = lines(tmp_path / "run" / "evaluations.jsonl")
     assert after["avg_at_k"] > before["avg_at_k"] + 0.2
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
