@@ -1,8 +1,8 @@
-"""POLARIS as functions that need no model, no file and no GPU.
+"""POLARIS as functions that need no model and no GPU.
 
 Here are the types that the other modules pass around (`Problem`, `Rollout`, `Group`), the configuration (`Stage`,
-`Config`, `PRESETS`), the rules of the recipe, and what is measured of a step. `train.py` calls these functions in the
-order of the algorithm. Reading, generating, grading and optimizing are elsewhere, so each rule can be tested alone.
+`Config`, `PRESETS`, `read_config`), the rules of the recipe, and what is measured of a step. `train.py` calls them in
+the order of the algorithm. Reading, generating, grading and optimizing are elsewhere, so each rule can be tested alone.
 
 Dimensions in comments: P problems of a step, G rollouts of a group, T tokens of one response, N tokens side by side.
 "Source:" lines name the POLARIS blog post (hkunlp.github.io/blog/2025/Polaris), the released code
@@ -607,7 +607,7 @@ PRESETS |= {
     "rtx-2x24gb": replace(PRESETS["polaris-4b"], **_WORKSTATION),
     "toy": Config(
         model=str(TOY / "model"), data=str(TOY / "problems.jsonl"), eval_data=str(TOY / "held_out.jsonl"),
-        prompt_suffix="", max_prompt_tokens=64, stages=("40:1.0:80", "60:1.1:128"), prompts_per_step=32, lr=3e-4,
+        prompt_suffix="", max_prompt_tokens=64, stages=("40:1.0:80", "80:1.1:128"), prompts_per_step=32, lr=3e-4,
         eval_every=10),
 }  # fmt: skip
 PRESETS = {name: replace(preset, preset=name) for name, preset in PRESETS.items()}

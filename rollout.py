@@ -497,7 +497,7 @@ class VLLMEngine:
                 enable_lora=lora > 0, max_loras=1,
                 max_lora_rank=min((r for r in get_args(MaxLoRARanks) if r >= lora), default=lora),  # vLLM knows few
                 distributed_executor_backend="external_launcher" if rank_count() > 1 else None)  # one engine per rank
-        except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+        except (ValueError, RuntimeError, OSError, AssertionError, SafetensorError) as error:
             raise UserError(f"engine is vllm: it does not start with {model} ({one_line(error)}): give --engine hf "
                             "or, if memory is short, lower --max-response-tokens or --rollouts-per-batch") from error
         generation = self.llm.model_config.try_get_generation_config()

@@ -231,6 +231,21 @@ def test_a_signal_ends_drawing_at_once_and_from_grading_on_the_step_comes_first(
     assert differing <= {"checkpoints/step_000002/sink.jsonl"}  # there is a checkpoint more, which has some of it
 
 
+def test_a_signal_while_the_engine_wakes_waits_until_it_is_awake(begin, monkeypatch, tmp_path):
+    """Half of its weights would be neither here nor there, and vLLM could not even sleep."""
+    run, woken = tmp_path / "run", []
+
+    def wake(engine, policy):
+        if (run / "metrics.jsonl").exists():
+            signal.raise_signal(signal.SIGINT)
+        woken.append(policy)
+
+    monkeypatch.setattr(rollout.HFEngine, "wake", wake)
+    with pytest.raises(SystemExit) as ended:
+        begin(run, *SHORT, "--eval-every", -1, "--temperature", 1)
+    assert (ended.value.code, len(woken), checkpoints(run)) == (0, 2, [0, 1])
+
+
 def test_a_signal_right_after_a_probe_does_not_lose_it(begin, finished, monkeypatch, tmp_path):
     run = tmp_path / "run"
     real = train.Run.note
