@@ -15,7 +15,6 @@ from polaris_mini import PRESETS, read_config
 SMALL = ["--model", PRESETS["toy"].model, "--device", "cpu", "--engine", "hf", "--max-prompt-tokens", "8",
          "--max-response-tokens", "24", "--tokens-per-micro-batch", "100", "--prompts-per-step", "4",
          "--group-size", "2"]  # fmt: skip
-UPDATE = ["forward", "log-probs", "backward", "optimizer step"]
 
 
 @pytest.fixture
@@ -37,8 +36,8 @@ def test_all_phases_run_and_no_weight_changes(options, policies, capsys):
     assert rehearse.main([*SMALL, *options]) == 0
     shown = capsys.readouterr().out.splitlines()
     phases = [line.split("  ")[0] for line in shown if "not measured" in line and not line.startswith("fits")]
-    assert phases == ["model loads", "engine starts", *UPDATE, "weight sync", "rollout", "sleep", *UPDATE,
-                      "engine ends"]  # fmt: skip
+    assert phases == ["model loads", "engine starts", *rehearse.UPDATE, "weight sync", "rollout", "sleep",
+                      *rehearse.UPDATE, "engine ends"]  # fmt: skip
     planned = {line.split("  ")[0] for line in shown if re.match(r"[a-z -]{14} +\d+\.\d\d +not measured", line)}
     assert planned == {"weight sync", "rollout", "log-probs", "backward", "optimizer step"}
     assert shown[-1].startswith("fits: ")

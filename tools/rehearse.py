@@ -34,6 +34,8 @@ from rollout import (
     resolve_device, uses_vllm,
 )
 
+UPDATE = ("forward", "log-probs", "backward", "optimizer step")
+
 
 class Meter:
     """Measure one phase after another, and print each as it ends."""
@@ -42,7 +44,7 @@ class Meter:
         self.on_gpu, self.planned = device.type == "cuda", planned
         self.phase, self.start, self.retries = "", 0.0, 0
         self.left: dict[str, float] = {}  # phase -> bytes of the card that nobody had taken
-        self.asleep = 0, 0  # bytes that PyTorch goes on counting of a vLLM that sleeps: of tensors, reserved
+        self.unmapped: dict[str, int] = {}  # phase -> bytes that PyTorch counts although vLLM has given them back
 
     def begin(self, phase: str) -> None:
         self.end()
@@ -65,9 +67,8 @@ class Meter:
         if torch.cuda.memory_stats()["num_alloc_retries"] > self.retries:  # unless the card was full
             free = 0
         self.left[self.phase] = min(free, self.left.get(self.phase, free))
-        awake = self.phase in ("weight sync", "rollout", "sleep")
-        tensors, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        tensors, held = (tensors, held) if awake else (tensors - self.asleep[0], held - self.asleep[1])
+        peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        tensors, held = (peak - self.unmapped.get(self.phase, 0) for peak in peaks)
         return f"{tensors / GIB:8.2f} {held / GIB:9.2f} {(total - free) / GIB:9.2f}"
 
 
@@ -127,17 +128,22 @@ def rehearse(config: Config, meter: Meter, responses: int) -> int:
         group["lr"] = group["weight_decay"] = 0.0
     meter.begin("engine starts")
     free_memory()
-    counted = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    counted = torch.cuda.memory_allocated()
     engine: Engine = (VLLMEngine(base_model(config.model), tokenizer, config, longest, policy=policy)
                       if config.engine == "vllm" else HFEngine(policy, tokenizer, config))
     free_memory()
     meter.end()
-    meter.asleep = torch.cuda.memory_allocated() - counted[0], torch.cuda.memory_reserved() - counted[1]
+    meter.unmapped = dict.fromkeys(UPDATE, torch.cuda.memory_allocated() - counted)
 
     update(run, row, meter)
     meter.begin("weight sync")
+    if isinstance(engine, VLLMEngine):  # which resets it between weights and cache, where the plan has its border
+        meter.unmapped["weight sync"] = engine.llm.llm_engine.vllm_config.cache_config.kv_cache_memory_bytes or 0
+        reset: Any = engine.llm.reset_prefix_cache
+        engine.llm.reset_prefix_cache = lambda: meter.begin("rollout") or reset()  # type: ignore
     engine.wake(policy)
-    meter.begin("rollout")
+    if meter.phase != "rollout":
+        meter.begin("rollout")
     new = min(8, longest - 1)
     # the hf engine takes all prompts at once, in a run short ones: one for all responses fills its cache as they do
     prompts, each = (responses, 1) if config.engine == "vllm" else (1, responses)
