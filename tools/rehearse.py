@@ -147,7 +147,9 @@ def rehearse(config: Config, meter: Meter, responses: int) -> int:
     new = min(8, longest - 1)
     # the hf engine takes all prompts at once, in a run short ones: one for all responses fills its cache as they do
     prompts, each = (responses, 1) if config.engine == "vllm" else (1, responses)
-    list(engine.generate(make_prompts(prompts, longest - new, vocabulary), each, Sampling(1.0, new, seed=0)))
+    divides = config.engine == "hf" or device.type == "cuda"  # a long prompt; vLLM's CPU build has to take it at once
+    length = longest - new if divides else min(longest - new, 2048)
+    list(engine.generate(make_prompts(prompts, length, vocabulary), each, Sampling(1.0, new, seed=0)))
     meter.begin("sleep")
     engine.sleep()
     update(run, row, meter)
@@ -194,7 +196,9 @@ def main(arguments: Sequence[str]) -> int:
     card = float(torch.cuda.mem_get_info()[0]) if device.type == "cuda" else 24.0 * GIB
     plan = plan_memory(config, card)
     responses = max(1, min(int(plan.responses), config.prompts_per_step * config.group_size))
-    print(f"{config.model} on {device}, engine {config.engine}, {responses} responses side by side; in GiB, planned "
+    if config.engine == "vllm" and device.type == "cpu":
+        responses = 1  # see `rehearse`
+    print(f"{config.model} on {device}, engine {config.engine}, responses side by side: {responses}; in GiB, planned "
           f"with 1 for CUDA\n\n{'':14} {'planned':>8} {'tensors':>8} {'held':>9} {'card':>9} {'seconds':>8}")
     meter = Meter(device, {phase: plan.peak(phase) for phase in plan.phases})
     try:
