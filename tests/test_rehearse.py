@@ -103,8 +103,7 @@ def test_a_weight_that_changes_is_an_error(monkeypatch):
 
 
 @pytest.mark.parametrize(("options", "phase", "card", "expected"), [
-    ("--preset rtx-24gb", "backward", 24, "--offload-activations (copies to and from CPU memory)"),
-    ("--preset rtx-24gb", "forward", 11.6, "--offload-activations (copies to and from CPU memory)"),
+    ("--preset rtx-24gb", "forward", 24, "--offload-activations (copies to and from CPU memory)"),
     ("--preset rtx-24gb --no-offload-policy", "rollout", 24, "--offload-policy (copies to and from CPU memory, once a "
                                                              "step)"),
     ("--preset polaris-1.7b --max-response-tokens 8192 --engine hf", "rollout", 80,
