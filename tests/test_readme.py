@@ -39,6 +39,7 @@ HERE = {
     "tools/export_verl.py": "--eval-problems 4 --prompts-per-step 8",
     "tools/ablate.py": "tests/test_ablation.py",
     "tools/doctor.py": "tests/test_doctor.py",
+    "tools/rehearse.py": "tests/test_rehearse.py",
     "tools/walkthrough.py": "tests/test_changes.py",
     "tools/toy.py": "tests/test_toy.py",
     "tools/track.py": "tests/test_track.py",

@@ -377,8 +377,13 @@ def run_plan(options: PlanOptions, config: Config) -> None:
     fitting = without_needless(fitting, peak_with, card)
     print(f"the cheapest change that fits: {summary(changed(config, fitting))}")
     for settings, price in fitting:
-        flags = (f"--{name.replace('_', '-')}" + f" {value}" * (value is not True) for name, value in settings.items())
-        print(f"  {' '.join(flags)}    ({price})")
+        print(f"  {options_text(settings)}    ({price})")
+
+
+def options_text(settings: Mapping[str, Any]) -> str:
+    """Write settings as they are given on the command line."""
+    return " ".join(f"--{name.replace('_', '-')}" + f" {value}" * (value is not True)
+                    for name, value in settings.items())
 
 
 def measured_memory(run: Path) -> dict[str, float]:
