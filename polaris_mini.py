@@ -228,7 +228,7 @@ class Config(Common):
 
     # memory: changes nothing in the result
     tokens_per_micro_batch: int | Literal["auto"] = "auto"
-    """Prompt and response tokens of a row, without padding. auto: 1024 on a CPU, which is fastest, 16384 on a GPU."""
+    """Prompt and response tokens of a row, without padding. auto: 1024 on a CPU, for its caches, 16384 on a GPU."""
     logprob_chunk_tokens: int = 256  # Tokens whose logits exist at once. Fewer take less memory, far fewer also longer.
     gradient_checkpointing: bool = False  # Keep only each block's input and recompute the rest in the backward pass.
     offload_activations: bool = False  # Keep each block's input in CPU memory. Needs gradient_checkpointing.

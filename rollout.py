@@ -550,12 +550,14 @@ class VLLMEngine:
         """Yield each prompt's number with its responses, those that finish first first."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams
         engine: Any = self.llm.llm_engine
+        torch.manual_seed(sampling.seed)
         settings = SamplingParams(n=count, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
                                   max_tokens=sampling.max_tokens, stop_token_ids=self.stop_tokens, detokenize=False,
                                   logprobs=0, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY)  # fmt: skip
         missing = [i for i in range(len(prompts)) if i not in finished]
         for i in missing:
-            settings.seed = random.Random(f"{sampling.seed}:{i}").getrandbits(62)  # for its responses plus 0, 1, ...
+            if self.device.type == "cuda":  # there vLLM ignores torch's seed; on a CPU it cannot always take this one
+                settings.seed = random.Random(f"{sampling.seed}:{i}").getrandbits(62)  # plus 0, 1, ... per response
             prompt = {"prompt_token_ids": list(prompts[i])}
             engine.add_request(str(i), prompt, settings.clone(), lora_request=self.adapter)
         try:

@@ -91,6 +91,11 @@ def test_logprobs_of_engine_and_trainer_agree_within_rounding(tmp_path, engine_n
             if before is not None:  # the old responses are another policy's now
                 assert differences(policy, before, 1.4, config).abs().mean() > 0.1
             before = groups
+            engine.wake(policy)
+            first, again = ([[r.response_tokens[0] for r in group.rollouts] for group in sorted(
+                groups_of(engine, prompts(2), 4, sampling), key=lambda group: group.problem.id)] for _ in range(2))
+            assert first == again  # a seed repeats
+            engine.sleep()
             perturb(policy, 0.02)
 
 

@@ -142,6 +142,7 @@ def test_a_seed_repeats_and_what_is_left_undone_leaves_no_trace(qwen3):
     first = dict(qwen3.generate(prompts(), 4, Sampling(1.0, 20, seed=3)))
     assert dict(qwen3.generate(prompts(), 4, Sampling(1.0, 20, seed=3))) == first
     assert dict(qwen3.generate(prompts(), 4, Sampling(1.0, 20, seed=4))) != first
+    assert len(dict(qwen3.generate([[7] * 70] * 40, 1, Sampling(1.0, 20, seed=3)))) == 40  # more than a step can take
     left = qwen3.generate(prompts(), 4, Sampling(1.0, 20, seed=5))
     next(left)
     left.close()  # as Ctrl-C does

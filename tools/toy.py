@@ -179,7 +179,7 @@ def make_world(world: World) -> list[float]:
         vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None, **TOY_MODEL,
     ))  # fmt: skip
-    config = Config(seed=world.seed, device="cpu", lr=3e-3, beta2=0.99, mismatch="ignore")
+    config = Config(seed=world.seed, device="cpu", lr=3e-3, beta2=0.99, mismatch="ignore", tokens_per_micro_batch=16384)
     rng = random.Random(f"warm start {world.seed}")
     others = (problem for problem in draw_sums(rng, world.numbers_of_terms) if problem.text not in known)
     worked = [(problem, toy_response(problem, rng, world))
