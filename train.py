@@ -500,7 +500,8 @@ class ChunkedLoss(torch.autograd.Function):
                 scaled = losses.sum() if scale is None else losses.sum() * scale
             results.append((losses.detach(), logprobs.detach(), entropy, clipped))
             if grad_hidden is not None:
-                gradient = torch.autograd.grad(scaled, logprobs)[0][:, None] / temperature  # times 1_t - p: of logits
+                (gradient,) = torch.autograd.grad(scaled, logprobs)
+                gradient = gradient[:, None] / temperature  # d loss / d log-prob, then d log-prob / d logits = 1_t - p
                 grad_logits = p.mul_(-gradient).scatter_add_(1, targets, gradient).to(hidden.dtype)  # (C, V)
                 grad_hidden[chunk] = grad_logits @ weight
                 if head.grad is not None:

@@ -46,6 +46,7 @@ from transformers.utils import logging as transformers_logging
 
 import toy
 import train
+from doctor import run_of
 from polaris_mini import Config, Group, Problem, Rollout, set_advantages
 from reward import Grade
 from rollout import (
@@ -192,14 +193,6 @@ class Case:
                 for i, length in enumerate(self.lengths)]
 
 
-def make_run(policy: torch.nn.Module, config: Config) -> Any:
-    """Make what an update needs of a run."""
-    device = resolve_device("auto").type
-    return SimpleNamespace(policy=policy, config=config, optimizer=train.make_optimizer(policy, config),
-                           scaler=torch.amp.GradScaler(device, enabled=config.dtype == "float16"),
-                           state=SimpleNamespace(temperature=1.0))
-
-
 def trl_settings(config: Config, folder: str, **others: Any) -> Any:
     from trl import GRPOConfig
 
@@ -217,7 +210,7 @@ def update_once(case: Case, config: Config) -> tuple[float, float]:
         for parameter in policy.parameters():  # read from the disk only now
             parameter.data = parameter.data.clone()
     groups = [Group(Problem("p", "", ("1",)), case.rollouts())]
-    run = make_run(policy, config)
+    run = run_of(policy, config)
     with PeakMemory() as memory:
         began = now()
         train.update_policy(run, groups)
@@ -356,7 +349,7 @@ class HalfRight:
 
 def our_steps(config: Config, texts: Sequence[str], clock: Clock) -> None:
     policy, tokenizer, pool = load_policy(config), load_tokenizer(config.model, config), HalfRight()
-    run, engine = make_run(policy, config), HFEngine(policy, tokenizer, config)
+    run, engine = run_of(policy, config), HFEngine(policy, tokenizer, config)
     engine.stop_tokens = [-1]  # no token of the model: all responses have full length
     problems = [Problem(text, text, ("1",), prompt_tokens=tuple(tokenizer(text)["input_ids"])) for text in texts]
     for seed in range(1 + TURNS):

@@ -57,14 +57,6 @@ def tiny_model(kind: str, *, tied: bool, seed: int = 0, head_dim: int = 8) -> Pr
     return model
 
 
-def perturb(policy: torch.nn.Module, size: float = 0.1) -> None:
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            if parameter.requires_grad:
-                parameter += size * torch.randn_like(parameter)
-
-
 def random_rollouts(count: int, seed: int = 0, longest: int = 40) -> list[Rollout]:
     rng = random.Random(seed)
     rollouts = []

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SIZES, lines, perturb, tiny_model
+from conftest import SIZES, lines, tiny_model
+from doctor import perturb
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.cache_utils import DynamicLayer
 

@@ -12,7 +12,8 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from conftest import lines, perturb, random_rollouts, tiny_model
+from conftest import lines, random_rollouts, tiny_model
+from doctor import perturb
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, PreTrainedModel
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import even_sums, lines, perturb, random_rollouts, tiny_model
+from conftest import even_sums, lines, random_rollouts, tiny_model
 from fast_start import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import toy
 import train
 from data import encode_prompts
-from doctor import run_of
+from doctor import perturb, run_of
 from polaris_mini import Config, Group, Problem, UserError
 from reward import RewardPool
 from rollout import (

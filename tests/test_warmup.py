@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import perturb, tiny_model
+from conftest import tiny_model
+from doctor import perturb
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data

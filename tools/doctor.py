@@ -158,7 +158,7 @@ def rounding(policy: torch.nn.Module, groups: list[Group], temperature: float, c
     return (rounded - exact).abs().mean().item()
 
 
-def perturb(policy: torch.nn.Module, size: float) -> None:
+def perturb(policy: torch.nn.Module, size: float = 0.1) -> None:
     """Add noise to every trained weight: another policy."""
     torch.manual_seed(5)
     with torch.no_grad():
