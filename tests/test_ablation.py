@@ -2,8 +2,13 @@
 from __future__ import annotations
 
 import random
+import shlex
 import shutil
+import subprocess
+import sys
+import time
 import types
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +21,8 @@ import ablate
 import data
 import toy
 import train
-from polaris_mini import PRESETS, advantages, read_config, saved_config
+from difficulty import write_problems
+from polaris_mini import Config, advantages, read_config, saved_config
 from reward import RewardPool
 from rollout import HFEngine, Sampling, load_tokenizer, sample_groups, set_rewards
 
@@ -55,98 +61,149 @@ def test_with_all_mechanisms_off_training_is_plain_grpo_to_the_bit(tmp_path):
     assert all(torch.equal(trained[name], value) for name, value in policy.state_dict().items())
 
 
-def test_each_variant_differs_from_all_mechanisms_in_one_setting():
-    config = PRESETS["toy"]
-    variants = ablate.ablation_variants(config, "filtered.jsonl", "scores.jsonl")
-    complete = variants.pop("all mechanisms")
-    plain = variants.pop("plain GRPO")
-    changed = [name for variant in variants.values() for name in vars(variant)
-               if getattr(variant, name) != getattr(complete, name)]
-    assert sorted(changed) == ["data", "mastered_above", "rescue", "stages", "stages", "substitute"]
-    assert all(variant.total_steps == config.total_steps for variant in variants.values())
-    assert not plain.rescue
-    assert not plain.substitute
-    assert plain.mastered_above == 1
-    assert {(stage.temperature, stage.max_response_tokens) for stage in plain.schedule} == {
-        (config.schedule[0].temperature, config.schedule[-1].max_response_tokens)}  # fmt: skip
+FIRST = ["--model", "M", "--data", "problems.jsonl", "--eval-data", "held_out.jsonl"]
+SETTING = {"rescue": {"rescue"}, "temperature": {"stages"}, "filter": {"data"}, "substitution": {"substitute"},
+           "substitution-sgd": {"substitute"}, "length": {"stages"}, "mastered": {"mastered_above"},
+           "clip-high": {"clip_high"}, "tis": {"mismatch"},
+           "polaris": {"data", "rescue", "substitute", "mastered_above", "stages"}}  # fmt: skip
+"""What a regime's variants may differ in."""
 
 
-def test_a_run_of_one_stage_has_no_variants_without_a_rise():
-    one_stage = replace(PRESETS["toy"], stages=PRESETS["toy"].stages[:1])
-    assert list(ablate.ablation_variants(one_stage, "filtered.jsonl", "scores.jsonl")) == [
-        "all mechanisms", "no difficulty filter", "no rescue", "no substitution", "no removal of mastered problems",
-        "plain GRPO"]  # fmt: skip
+@pytest.mark.parametrize("name", ablate.REGIMES)
+def test_variants_of_a_regime_differ_in_its_mechanism_alone(name):
+    regime = ablate.REGIMES[name]
+
+    def config(options: str) -> Config:
+        return read_config([*shlex.split(f"{ablate.PLAIN} {regime.options}"), *FIRST, *shlex.split(options)])
+
+    without, *others = (config(options) for options in regime.variants.values())
+    assert (without.rescue, without.substitute, without.mastered_above, without.updates_per_batch) == (
+        False, False, 1, 4 if name == "clip-high" else 1)  # fmt: skip
+    assert len({(stage.temperature, stage.max_response_tokens) for stage in without.schedule}) == 1
+    for other in others:
+        assert {field for field, value in vars(other).items() if value != getattr(without, field)} == SETTING[name]
+        assert other.total_steps == without.total_steps
+    assert config(regime.options).longest_response <= 128
 
 
 def made_up_run(folder: Path, rates: dict[int, float], tokens: int = 1000) -> Path:
     steps = range(1, max(rates) + 1)
+    same = {"tokens/rollout": tokens, "tokens/update": 10, "batch/informative": 0.5, "reward/mean": 0.5,
+            "response/tokens_mean": 9, "policy/clip_fraction": 0.0, "mismatch/kl": 0.0, "sampling/temperature": 1.0}
     data.append_lines(folder / "metrics.jsonl", [
-        {"step": step, "tokens/rollout": tokens, "tokens/update": 10, "batch/informative": 0.5,
-         "diversity/distinct_4": 1 / step} for step in steps
+        {"step": step, **same, "policy/entropy": 1 / step, "policy/loss": None if step == 1 else 0.0} for step in steps
     ])
-    data.append_lines(folder / "evaluations.jsonl", [{"step": step, "avg_at_k": rate} for step, rate in rates.items()])
+    data.append_lines(folder / "evaluations.jsonl", [
+        {"step": step, "avg_at_k": rate, "pass_at_k": [rate, 1.0]} for step, rate in rates.items()])
+    data.append_lines(folder / "scores.jsonl", [
+        {"step": step, "id": name, "score": score}
+        for step, name, score in ((0, "a", 1.0), (1, "a", 0.0), (1, "b", 0.5), (2, "a", 0.0))])
     return folder
 
 
-def test_summary_interpolates_the_steps_and_tokens_to_the_target(tmp_path):
+REGIME = ablate.Regime("made up", {"0-8": 4}, "", {"off": "", "on": "--rescue"}, (ablate.STEPS,), target=0.45)
+
+
+def test_measures_interpolate_the_steps_and_tokens_to_the_target(tmp_path):
     run = made_up_run(tmp_path / "rising", {0: 0.2, 10: 0.4, 20: 0.6})
-    summary = ablate.RunSummary.of(run, target=0.45)
-    assert summary.steps == pytest.approx(12.5)
-    assert summary.generated == pytest.approx(12_500)
-    assert summary.forwarded == pytest.approx(125)
-    assert (summary.final, summary.informative) == (0.6, 0.5)
-    assert summary.distinct_4 == pytest.approx((1 / 19 + 1 / 20) / 2)
-    assert ablate.RunSummary.of(run, target=0.7).steps is None
-    assert ablate.RunSummary.of(run, target=0.1).steps == 0
+    found = ablate.measure_run(run, REGIME)
+    assert found[ablate.STEPS] == pytest.approx(12.5)
+    assert found[ablate.TOKENS] == pytest.approx(12.5)
+    assert found[ablate.FINAL] == pytest.approx(60)
+    assert found[ablate.SPEED] == pytest.approx(40)
+    assert found[ablate.GENERATED] == pytest.approx(20)
+    assert found["problems ever solved, %"] == 50  # the score of step 0 was measured before training
+    assert found[ablate.SKIPPED] == 5
+    assert found["entropy at the end, nats"] == pytest.approx((1 / 19 + 1 / 20) / 2)
+    assert ablate.measure_run(run, replace(REGIME, target=0.7))[ablate.STEPS] is None
+    assert ablate.measure_run(run, replace(REGIME, target=0.1))[ablate.STEPS] == 0
 
 
-def test_table_pairs_seeds_and_says_which_runs_did_not_reach_the_target(tmp_path):
-    runs = {
-        "all mechanisms": [made_up_run(tmp_path / f"all{i}", {0: 0.0, 10: end}) for i, end in enumerate((0.8, 0.6))],
-        "plain GRPO": [made_up_run(tmp_path / f"plain{i}", {0: 0.0, 10: end}) for i, end in enumerate((0.7, 0.4))],
-    }
-    head, _, complete, plain = ablate.ablation_table(runs, target=0.5).splitlines()
-    assert "steps to 50%" in head
-    assert complete.startswith("| all mechanisms | 70.0 ± ")
-    assert "| 55.0 (-15.0 ± 63.5) | reached by 1 of 2 |" in plain  # t(1) = 12.71; differences -10 and -20
+def test_differences_are_paired_by_seed():
+    cells = ablate.Comparison(ablate.FINAL, off=(10.0, 30.0, 50.0), on=(12.0, 32.0, 55.0)).cells()
+    assert cells == ["30.0", "33.0", "+3.0 ± 4.3"]  # differences 2, 2, 5: 4.30 * sqrt(3) / sqrt(3)
+    cells = ablate.Comparison(ablate.STEPS, off=(10.0, None, 20.0), on=(8.0, 30.0, None)).cells()
+    assert cells == ["15 (reached by 2 of 3)", "19 (reached by 2 of 3)", "-2"]
+    assert ablate.Comparison(ablate.STEPS, off=(None,), on=(None,)).cells() == [" (reached by 0 of 1)"] * 2 + [""]
 
 
-def test_seeds_share_a_model_and_data_that_are_given(tmp_path):
-    config = replace(PRESETS["toy"], data="sums.jsonl", seed=1)
-    assert ablate.in_world(config, tmp_path / "world") == config
-    assert not (tmp_path / "world").exists()
+def made_up_world(out: Path) -> ablate.Start:
+    """Write the toy world's problems with made-up pass rates, in place of 4,096 that are measured."""
+    problems = [replace(problem, pass_rate=i % 9 / 8) for i, problem in enumerate(toy.toy_problems(274, 0))]
+    (out / "world-toy").mkdir(parents=True)
+    for name, part in (("held_out", problems[:4]), ("problems", problems[4:]), ("pool", problems[4:])):
+        write_problems(part, out / "world-toy" / f"{name}.jsonl")
+    start = ablate.Start.of("toy", out)
+    start.prepare()
+    return start
 
 
-def test_ablate_runs_every_variant_once_and_goes_on_where_it_stopped(run_train, tmp_path):
-    out = tmp_path / "out"
-    # the seed's world as ablate makes it, but for its size
-    toy.make_world(toy.World(out=out / "world-4", seed=4, problems=16, held_out=4, warmup_steps=3))
-    options = ["--out", out, "--seed", 4, "--seeds", 1, *SMALL, "--stages", "2:1.0:24", "--eval-rollouts", 2,
-               "--target", 0.5]
-    result = run_train(*options, script="tools/ablate.py")
-    assert result.returncode == 0, result.stderr
-    table = (out / "table.md").read_text()
-    assert len(table.splitlines()) == 2 + 6
-    assert table in result.stdout
-    assert (out / "ablation.png").stat().st_size > 20_000
-    steps = {path.parent.name: len(lines(path)) for path in out.glob("*/metrics.jsonl")}
-    assert len(steps) == 6
-    assert set(steps.values()) == {2}
-    config = saved_config(out / "no-rescue-4")
-    assert (config.seed, config.model, config.rescue) == (4, str(out / "world-4" / "model"), False)
+def test_a_seeds_problems_have_the_pass_rates_that_the_regime_wants(tmp_path):
+    start = made_up_world(tmp_path)
+    for seed, name in ((1, "a"), (1, "b"), (2, "c")):
+        ablate.choose_problems(start, {"0": 10, "3-5": 20, "8": 5}, seed, tmp_path / name)
+    rates = Counter(line["pass_rate"] * 8 for line in lines(tmp_path / "a" / "problems.jsonl"))
+    assert (rates[0], rates[3] + rates[4] + rates[5], rates[8], rates.total()) == (10, 20, 5, 35)
+    assert not any(line["pass_rate"] == 1 for line in lines(tmp_path / "a" / "filtered.jsonl"))
+    texts = [(tmp_path / name / "problems.jsonl").read_text() for name in "abc"]
+    assert texts[0] == texts[1] != texts[2]
+    with pytest.raises(data.UserError, match="30 problems have 8 right of 8, and 31 are wanted"):
+        ablate.choose_problems(start, {"8": 31}, 1, tmp_path / "d")
 
-    shutil.rmtree(out / "plain-GRPO-4")  # as if the command had ended before it
-    cut = out / "no-substitution-4"  # and this one had been killed before its last step
+
+SHORT = "--stages 2:1.0:24 --prompts-per-step 4 --group-size 2 --eval-rollouts 1 --eval-every 1"
+
+
+def test_a_regime_runs_every_variant_once_and_goes_on_where_it_stopped(monkeypatch, capsys, tmp_path):
+    made_up_world(tmp_path / "out")
+    regime = replace(REGIME, problems={"0-8": 12}, options=SHORT, metrics=(ablate.FINAL, "pass@8 at T = 1, %"),
+                     temperatures=(1.0,))  # fmt: skip
+    monkeypatch.setitem(ablate.REGIMES, "made-up", regime)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    arguments = ["made-up", "--seeds", "1", "--seed", "4", "--out", str(tmp_path / "out"), "--variant",
+                 "slow: --lr 1e-5"]  # fmt: skip
+    ablate.main(arguments)
+    shown = capsys.readouterr().out
+    folder = tmp_path / "out" / "made-up"
+    table = (folder / "table.md").read_text()
+    assert table in shown
+    assert table.splitlines()[2] == "| metric | off | on | difference | slow | difference |"
+    assert len(table.splitlines()) == 4 + 4
+    assert (folder / "curves.png").stat().st_size > 10_000
+    assert {path.parent.name: len(lines(path)) for path in folder.glob("*/metrics.jsonl")} == {
+        "off-4": 2, "on-4": 2, "slow-4": 2}  # fmt: skip
+    config = saved_config(folder / "slow-4")
+    assert (config.seed, config.rescue, config.lr) == (4, False, 1e-5)
+    first = [(line["id"], line["response"]) for line in lines(folder / "off-4" / "rollouts.jsonl") if line["step"] == 1]
+    same = [(line["id"], line["response"]) for line in lines(folder / "slow-4" / "rollouts.jsonl") if line["step"] == 1]
+    assert first == same  # paired: one start, one seed
+
+    cut = folder / "on-4"  # as if it had been killed before its last step
     shutil.rmtree(cut / "checkpoints" / "step_000002")
+    shutil.rmtree(cut / "eval-1")
     for name in ("metrics", "evaluations"):
-        first, *_ = (cut / f"{name}.jsonl").read_text().splitlines(keepends=True)
-        (cut / f"{name}.jsonl").write_text(first)
-    (out / "table.md").unlink()
-    result = run_train(*options, script="tools/ablate.py")
-    assert result.returncode == 0, result.stderr
-    assert [line for line in result.stdout.splitlines() if line.startswith("seed ")] == [
-        "seed 4, no substitution", "seed 4, plain GRPO"]
-    assert (out / "table.md").read_text() == table
+        kept = (cut / f"{name}.jsonl").read_text().splitlines(keepends=True)[:-1]
+        (cut / f"{name}.jsonl").write_text("".join(kept))
+    ablate.main(arguments)
+    again = capsys.readouterr().out
+    assert [line.partition(":")[0] for line in again.splitlines() if line.endswith(" s")] == [
+        "made-up, seed 4, on", f"{cut} at T = 1.0"]  # fmt: skip
+    assert (folder / "table.md").read_text() == table
 
-    result = run_train(*options, "--lr", "1e-3", script="tools/ablate.py")
-    assert (result.returncode, "other settings" in result.stderr) == (2, True)
+    with pytest.raises(data.UserError, match="off-4 has other settings"):
+        ablate.main([*arguments, "--options=--lr 1e-3"])
+
+
+def test_a_signal_stops_the_runs_at_a_checkpoint(environment, tmp_path):
+    made_up_world(tmp_path / "out")
+    command = [sys.executable, str(ablate.ROOT / "tools" / "ablate.py"), "clip-high", "--seeds", "1", "--out", "out",
+               f"--options={SHORT.replace('2:', '2000:').replace('every 1', 'every 0')}"]
+    started = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    run = tmp_path / "out" / "clip-high" / "off-0"
+    while started.poll() is None and len(list(data.read_lines(run / "metrics.jsonl"))) < 2:
+        time.sleep(0.1)
+    started.terminate()
+    assert "the same command goes on" in started.communicate(timeout=60)[0]
+    assert started.returncode == 130
+    step = len(lines(run / "metrics.jsonl"))
+    assert (run / "checkpoints" / f"step_{step:06d}" / "trainer_state.json").exists()

@@ -122,8 +122,8 @@ CASES = {  # what our own modules say, in one line
         (f"{REAL} --model ./nowhere", "model is ./nowhere: no config.json of it can be read"),
     ],
     "tools/ablate.py": [
-        ("--resume damaged_run", "resume is damaged_run"), ("--eval-every -1", "or eval_every -1 is set"),
-        ("--seeds 0", "seeds is 0"), ("--target 2", "target 2.0: give at least 1, and a pass rate"),
+        ("rescue --options=--resume=damaged_run", "resume is damaged_run"),
+        ("rescue --options=--eval-every=-1", "eval_every is -1: evaluations are compared; give 0 or more"),
     ],
     "tools/plan.py": [
         ("--gpu-memory 0", "gpu_memory is 0.0"), ("--run nowhere", "resume is nowhere: "),
@@ -225,7 +225,11 @@ SETTINGS = {  # what tyro says, or shows of what a configuration says of its val
         (f"measure {PROBLEMS} --warmth 1", "--warmth, 1"),
     ],
     "tools/export_verl.py": [("--modle x", "--modle, x")],
-    "tools/ablate.py": [("--sead 1", "--sead, 1"), ("--seeds many", "'many'")],
+    "tools/ablate.py": [
+        ("--sead 1", "--sead, 1"), ("--seeds many", "'many'"), ("resque", "regime is resque: give all or one of"),
+        ("rescue --seeds 0", "seeds is 0, jobs 2: give at least 1"),
+        ("rescue --variant stored", "variant is stored: give 'NAME: OPTIONS'"),
+    ],
     "tools/plan.py": [("--gpu-memory big", "'big'"), ("--gpuz 1", "--gpuz, 1")],
     "tools/difficulty.py": [("sort", "sort"), ("filter", "--scores"),
                             ("filter --scores scores.jsonl --out a.jsonl --layout odd", "'odd'")],

@@ -1,264 +1,478 @@
-"""Switch each mechanism off in turn and compare: a table with intervals, a figure over time.
+"""Measure what a mechanism is worth: a regime in which the reason for it holds, runs with it and without it.
 
-    python tools/ablate.py                              # each seed in a toy world of its own, over an hour
-    python tools/ablate.py --model MODEL --data DATA    # all seeds with these; and every option of training
+    python tools/ablate.py               # list the regimes
+    python tools/ablate.py rescue        # run one: both variants with six seeds, two runs side by side
+    python tools/ablate.py all           # run every one
+    python tools/ablate.py rescue --variant 'stored: --rescue --rescue-ratio stored'    # and a variant of yours
 
-Called again, it goes on where it stopped. What a run prints is in its log.txt.
+Called again, it goes on where it stopped. All runs of a regime begin with one model. A seed has its own training
+problems and its own chance, and a difference is one between runs of the same seed.
 """
 from __future__ import annotations
 
-import contextlib
 import itertools
+import json
 import math
 import os
+import random
+import re
+import shlex
 import signal
 import statistics
+import subprocess
 import sys
-from collections import defaultdict
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
-from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import data
-import train
-from difficulty import Filter, filter_problems, write_problems
-from evaluate import Measure, run_measure
-from polaris_mini import PRESETS, Common, Config, UserError, mean_and_interval, read_config, saved_config
-from reward import RewardError, check_answer
-from toy import World, make_world
+from data import load_problems, read_lines, write_whole
+from difficulty import write_problems
+from polaris_mini import Config, UserError, mean_and_interval, read_config, saved_config
+from toy import World, make_world, toy_problems
+
+ROOT = Path(__file__).resolve().parents[1]
+# -------------------------------------------------------------------------- the regimes
+PLAIN = ("--preset toy --device cpu --no-rescue --no-substitute --mastered-above 1 --prompts-per-step 16 --eval-every "
+         "20 --eval-rollouts 4 --eval-temperature 1 --checkpoint-every 40 --keep-checkpoints 1 --reward-workers 1")
+"""Plain GRPO on the toy model, for every run. The options of a regime and of a variant come after these."""
+POOL, HELD_OUT = 4096, 256
+"""Problems that are measured, for regimes to choose from, and problems for the evaluations of all runs."""
+WORLDS = {  # each with sums of 2 to 6 terms, so that a run takes a minute or two
+    "toy": World(terms=(2, 6)),  # with the model that is shipped
+    "stubborn": World(terms=(2, 6), hard=0.4, wrong=0.97, warmup_steps=1000),
+    "rambling": World(terms=(2, 6), hard=0.2, ramble=0.7, warmup_steps=1500),
+}
+SAMPLING = shlex.split("--device cpu --prompt-suffix= --max-response-tokens 128 --rollouts-per-batch 512")
+FINAL, PASS, SPEED = "held-out avg@4 at the end, %", "held-out pass@4 at the end, %", "held-out avg@4 over the run, %"
+STEPS, TOKENS = "steps to the target", "generated to the target, k tokens"
+INFORMATIVE, SKIPPED = "informative groups at the end, %", "steps without an update, %"
+GENERATED, UPDATED = "generated, k tokens", "updated, k tokens"
 
 
+@dataclass(frozen=True)
+class Regime:
+    """A setting in which the reason for a mechanism holds, and what is compared there."""
+
+    reason: str
+    problems: Mapping[str, int]
+    """How many training problems, by how many of 8 responses of the first model are right, as in "0-1"."""
+    options: str
+    """Options of train.py, of all variants."""
+    variants: Mapping[str, str]
+    """Name and options; the first is without the mechanism. {filtered}: the problems but those solved 8 times of 8."""
+    metrics: tuple[str, ...]
+    """What the table shows. The first was chosen before any run."""
+    target: float = 0.75
+    """Held-out pass rate; steps and tokens until a run reaches it are compared."""
+    world: str = "toy"
+    temperatures: tuple[float, ...] = ()
+    """At these the last policy is evaluated too, with 8 responses to each held-out problem."""
+
+
+REGIMES = {
+    "rescue": Regime(
+        "few hard problems, visited over and over: most groups have no correct response",
+        {"0": 64}, "--stages 100:1.0:64", {"off": "", "on": "--rescue"},
+        (FINAL, PASS, "training pass rate at the end, %", "problems ever solved, %", INFORMATIVE), world="stubborn",
+    ),
+    "temperature": Regime(
+        "a long run: diversity and informative groups run out",
+        {"0-8": 256}, "--stages 80:1.0:64 80:1.0:64 80:1.0:64",
+        {"always 1": "", "chosen once": "--stages 240:auto:64",
+         "chosen, then raised": "--stages 80:auto:64 80:auto:64 80:auto:64"},
+        ("avg@8 at T = 1, %", "avg@8 at T = 0.6, %", "pass@8 at T = 1, %", "pass@8 at T = 0.6, %",
+         "distinct-4 at T = 1", INFORMATIVE, "temperature at the end"),
+        temperatures=(0.6, 1.0),
+    ),
+    "filter": Regime(
+        "the model always solves seven in ten problems",
+        {"8": 350, "0-7": 150}, "--stages 60:1.0:64 --eval-every 10", {"off": "", "on": "--data {filtered}"},
+        (TOKENS, STEPS, SPEED, FINAL, INFORMATIVE), target=0.85,
+    ),
+    "substitution": Regime(
+        "most groups are uninformative, with Adam, which undoes a constant factor of the gradient",
+        {"0": 110, "8": 110, "1-7": 36}, "--stages 60:1.0:64 --eval-every 10",
+        {"off": "", "on": "--substitute"}, (TOKENS, STEPS, SPEED, FINAL, SKIPPED),
+    ),
+    "substitution-sgd": Regime(
+        "the same with SGD, whose step shrinks with the share of informative groups",
+        {"0": 110, "8": 110, "1-7": 36}, "--stages 60:1.0:64 --eval-every 10 --optimizer sgd --lr 0.05",
+        {"off": "", "on": "--substitute"}, (TOKENS, STEPS, SPEED, FINAL, SKIPPED), target=0.6,
+    ),
+    "length": Regime(
+        "responses ramble, many of them to the limit",
+        {"0-8": 256}, "--stages 100:1.0:128",
+        {"always 128": "", "64, then 128": "--stages 50:1.0:64 50:1.0:128",
+         "too short: 32, then 128": "--stages 50:1.0:32 50:1.0:128"},
+        (TOKENS, STEPS, SPEED, FINAL, "tokens of a response at the end"), target=0.5, world="rambling",
+    ),
+    "mastered": Regime(
+        "easy problems, several stages: ever more problems are always solved",
+        {"3-8": 96, "0-2": 32}, "--stages 32:1.0:64 32:1.0:64 32:1.0:64 32:1.0:64",
+        {"off": "", "on": "--mastered-above 0.9"}, (TOKENS, STEPS, SPEED, FINAL, INFORMATIVE), target=0.9,
+    ),
+    "clip-high": Regime(
+        "several updates per batch: ratios leave 1, and the clip stops what becomes likelier",
+        {"0-8": 256}, "--stages 100:1.0:64 --updates-per-batch 4 --lr 1e-4",
+        {"off": "--clip-high 0.2", "on": "--clip-high 0.28"},
+        (FINAL, PASS, SPEED, "entropy at the end, nats", "clipped tokens, %"),
+    ),
+    "tis": Regime(
+        "the sampler differs: decoding in bfloat16 rounds otherwise than the update does",
+        {"0-8": 256}, "--stages 100:1.0:64 --dtype bfloat16", {"off": "--mismatch ignore", "on": "--mismatch tis"},
+        (FINAL, SPEED, "mismatch KL, 1e-6 nats"),
+    ),
+    "polaris": Regime(
+        "all of it: problems that are never or always solved, responses that ramble, a long run",
+        {"0": 120, "8": 33, "1-7": 103}, "--stages 80:1.0:128 80:1.0:128 80:1.0:128",
+        {"plain GRPO": "", "all mechanisms": "--data {filtered} --rescue --substitute --mastered-above 0.9 "
+         "--stages 80:auto:64 80:auto:128 80:auto:128"},
+        (FINAL, PASS, SPEED, TOKENS, STEPS, INFORMATIVE, SKIPPED), world="rambling",
+    ),
+}  # fmt: skip
+
+
+# -------------------------------------------------------------------------- the runs
 @dataclass(frozen=True)
 class Ablate:
-    """Train with every mechanism, with each one off in turn and with all of them off (plain GRPO), and compare.
+    """Say which regime to run, and how often."""
 
-    Every other option is one of training (python train.py --help) and holds for all runs.
-    """
-
+    regime: Annotated[str, tyro.conf.Positional] = ""
+    """One of the list, or all."""
+    variant: tuple[str, ...] = ()
+    """A variant of yours, as 'NAME: OPTIONS' with options of train.py; it is compared with the regime's first one."""
+    options: str = ""
+    """Options of train.py for every variant, as in --options='--lr 1e-4'."""
     out: Path = Path("runs/ablation")
-    """Folder of the runs, the table and the figure. What is finished in it is not done again."""
-    seeds: int = 3
-    """Runs of each variant. Without --model and --data each seed has problems and a toy model of its own."""
-    target: float = 0.5
-    """Held-out pass rate; how many steps and tokens it takes to get there is compared."""
+    """Folder of runs, tables and figures. What is finished in it is not done again."""
+    seeds: int = 6
+    """Runs of each variant."""
+    seed: int = 0
+    """The first seed; the others follow it."""
+    jobs: int = 2
+    """Runs side by side, with one thread each."""
 
+    def __post_init__(self) -> None:
+        if self.regime not in ("", "all", *REGIMES):
+            raise UserError(f"regime is {self.regime}: give all or one of {', '.join(REGIMES)}")
+        if self.seeds < 1 or self.jobs < 1:
+            raise UserError(f"seeds is {self.seeds}, jobs {self.jobs}: give at least 1")
+        for name, words in self.own_variants.items():
+            if not name or not words.startswith("--"):
+                raise UserError(f"variant is {name}: give 'NAME: OPTIONS', as 'stored: --rescue --rescue-ratio stored'")
 
-def ablation_variants(config: Config, filtered: str, unfiltered: str) -> dict[str, Config]:
-    """Name the variants of a run and configure them."""
-    off: dict[str, dict[str, Any]] = {
-        "difficulty filter": {"data": unfiltered},
-        "rescue": {"rescue": False},
-        "substitution": {"substitute": False},
-        "removal of mastered problems": {"mastered_above": 1.0},
-        "rising temperature": {"temperature": config.schedule[0].temperature},  # from a probe each, if it is auto
-        "growing length": {"max_response_tokens": config.schedule[-1].max_response_tokens},
-    }
-    config = replace(config, data=filtered)
-    plain = {name: value for change in off.values() for name, value in change.items()}
-    variants = {f"no {name}": replace(config, **change) for name, change in off.items()}
-    # With one stage, say, nothing rises or grows: such a variant would be the same run again.
-    different = {name: variant for name, variant in variants.items() if variant != config}
-    return {"all mechanisms": config, **different, "plain GRPO": replace(config, **plain)}
-
-
-def run_ablation(options: Ablate, config: Config, stop: train.StopSignal) -> None:
-    """Do the runs that are missing, then compare all of them."""
-    if options.seeds < 1 or not 0 < options.target < 1:
-        raise UserError(f"seeds is {options.seeds}, target {options.target}: give at least 1, and a pass rate")
-    if config.resume or config.run_dir or config.eval_every < 0:
-        raise UserError("resume, run_dir or eval_every -1 is set: ablate makes and resumes runs of its own in --out, "
-                        "and compares their evaluations")
-    runs: dict[str, list[Path]] = defaultdict(list)  # variant -> one folder per seed
-    for seed in range(config.seed, config.seed + options.seeds):
-        with stop.at_once():
-            seeded = in_world(replace(config, seed=seed), options.out / f"world-{seed}")
-            seeded, scores, filtered = measure_difficulty(seeded, options.out / f"data-{seed}")
-        for name, variant in ablation_variants(seeded, str(filtered), str(scores)).items():
-            folder = options.out / f"{name.replace(' ', '-')}-{seed}"
-            runs[name].append(folder)
-            begun = (folder / "config.json").exists()
-            if begun and saved_config(folder) != variant:
-                raise UserError(f"out is {options.out}: its runs have other settings; give another --out")
-            if not is_complete(folder, config.total_steps):
-                print(f"seed {seed}, {name}", flush=True)
-                path = str(folder)
-                train_variant(replace(variant, resume=path) if begun else replace(variant, run_dir=path), stop)
-    table = ablation_table(runs, options.target)
-    data.write_whole(options.out / "table.md", table)
-    print(f"\n{table}\n{draw_ablation(runs, options.out / 'ablation.png')}, {options.out / 'table.md'}")
-
-
-def in_world(config: Config, folder: Path) -> Config:
-    """Let a run of the preset's toy world have one of its own, by its seed: a model, problems, held-out problems."""
-    toy = PRESETS["toy"]
-    if (config.model, config.data) != (toy.model, toy.data):
-        return config
-    if not folder.exists():
-        print(f"making {folder}", flush=True)
-        make_world(World(out=folder, seed=config.seed))
-    return replace(config, model=str(folder / "model"), data=str(folder / "problems.jsonl"),
-                   eval_data=str(folder / "held_out.jsonl"))  # fmt: skip
-
-
-def measure_difficulty(config: Config, folder: Path) -> tuple[Config, Path, Path]:
-    """Write down what all variants of a seed share; return them with held-out problems, and two files of problems.
-
-    The first has the pass rates of the model to be trained, as `evaluate.py measure` gives them. The second leaves out
-    those that it always solved, as `difficulty.py filter` does.
-    """
-    problems, held_out, scores, filtered = (
-        folder / f"{name}.jsonl" for name in ("problems", "held_out", "scores", "filtered")
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    check = (lambda answers: None) if config.reward else check_answer
-    for path, part in zip((problems, held_out), data.training_and_held_out(config, check), strict=True):
-        write_problems(part, path)
-    common = {field.name: getattr(config, field.name) for field in fields(Common)}
-    run_measure(Measure(**common, data=str(problems), out=str(scores), max_response_tokens=config.longest_response))
-    if not filtered.exists():
-        filter_problems(Filter(str(scores), filtered))
-    return replace(config, eval_data=str(held_out)), scores, filtered
-
-
-def is_complete(run: Path, steps: int) -> bool:
-    evaluated = any(line["step"] == steps for line in data.read_lines(run / "evaluations.jsonl"))
-    return evaluated and (run / "checkpoints" / f"step_{steps:06d}").is_dir()
-
-
-def train_variant(config: Config, stop: train.StopSignal) -> None:
-    """Train, in silence; KeyboardInterrupt when a signal ends it."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        run = train.set_up(config)
-        with run.pool, run.log_file or contextlib.nullcontext():
-            try:
-                train.train(run, stop)
-            except KeyboardInterrupt:
-                train.save_checkpoint(run)
-                raise
-            run.engine.close()
+    @property
+    def own_variants(self) -> dict[str, str]:
+        split = (variant.partition(":") for variant in self.variant)
+        return {name.strip(): words.strip() for name, _, words in split}
 
 
 @dataclass(frozen=True)
-class RunSummary:
-    """What the ablation compares of one run."""
+class Start:
+    """What the runs of a regime begin with."""
 
-    final: float
-    """Held-out pass rate at the end."""
-    steps: float | None
-    """Steps to the target, interpolated between evaluations; None if it was not reached."""
-    generated: float | None
-    """Tokens generated in them."""
-    forwarded: float | None
-    """Tokens forwarded by their updates."""
-    informative: float
-    """Mean share of informative groups."""
-    distinct_4: float
-    """Of the last tenth of the steps."""
+    world: str
+    folder: Path
+    model: Path
+    pool: Path  # problems with the model's pass rates
+    held_out: Path
 
     @classmethod
-    def of(cls, run: Path, target: float) -> RunSummary:
-        lines = list(data.read_lines(run / "metrics.jsonl"))
-        points = [(e["step"], e["avg_at_k"]) for e in data.read_lines(run / "evaluations.jsonl")]
-        steps = 0.0 if points[0][1] >= target else None
-        for (s0, rate0), (s1, rate1) in itertools.pairwise(points):
-            if steps is None and rate0 < target <= rate1:
-                steps = s0 + (s1 - s0) * (target - rate0) / (rate1 - rate0)
+    def of(cls, world: str, out: Path) -> Start:
+        folder = out / f"world-{world}"
+        made = ROOT / "tools" / "toy_world" if world == "toy" else folder / "made"
+        return cls(world, folder, made / "model", folder / "pool.jsonl", folder / "held_out.jsonl")
 
-        def spent(metric: str) -> float | None:
-            return None if steps is None else sum(
-                line[metric] * min(1.0, max(0.0, steps - line["step"] + 1)) for line in lines
-            )
-
-        return cls(
-            points[-1][1], steps, spent("tokens/rollout"), spent("tokens/update"),
-            statistics.fmean(line["batch/informative"] for line in lines),
-            statistics.fmean(line["diversity/distinct_4"] for line in lines[-max(1, len(lines) // 10) :]),
-        )
-
-
-def ablation_table(runs: Mapping[str, Sequence[Path]], target: float) -> str:
-    """Compare the variants in Markdown: means over seeds, with the 95 % interval where there are several.
-
-    A seed has problems and a model of its own, so a variant is compared with all mechanisms seed by seed.
-    """
-    summaries = {name: [RunSummary.of(run, target) for run in several] for name, several in runs.items()}
-    complete = summaries["all mechanisms"]
-
-    def shown(found: list[RunSummary], metric: str, form: str, scale: float) -> str:
-        values, others = ([getattr(summary, metric) for summary in several] for several in (found, complete))
-        if None in values:
-            return f"reached by {len(values) - values.count(None)} of {len(values)}"
-        mean, interval = mean_and_interval([value * scale for value in values])
-        text = format(mean, form)
-        if found is not complete and None not in others:
-            difference, interval = mean_and_interval(
-                [(value - other) * scale for value, other in zip(values, others, strict=True)]
-            )
-            text += f" ({difference:+{form}}" + (")" if math.isnan(interval) else f" ± {interval:{form}})")
-        elif not math.isnan(interval):
-            text += f" ± {interval:{form}}"
-        return text
-
-    columns = (
-        ("held-out at the end, %", "final", ".1f", 100), (f"steps to {target:.0%}", "steps", ".0f", 1),
-        ("generated, k tokens", "generated", ".0f", 1e-3), ("updated, k tokens", "forwarded", ".0f", 1e-3),
-        ("informative, %", "informative", ".0f", 100), ("distinct-4 at the end", "distinct_4", ".3f", 1),
-    )  # fmt: skip
-    rows = [["variant (against all mechanisms)", *(title for title, *_ in columns)], ["---"] * (1 + len(columns))]
-    rows += [[name, *(shown(found, *column[1:]) for column in columns)] for name, found in summaries.items()]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    def prepare(self) -> None:
+        """Make what is missing: the model, problems, and the model's pass rate of each."""
+        settings, problems = WORLDS[self.world], self.folder / "problems.jsonl"
+        if not self.model.exists():
+            print(f"making {self.model.parent}: minutes", flush=True)
+            make_world(replace(settings, out=self.model.parent))
+        if not problems.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            drawn = toy_problems(HELD_OUT + POOL, f"laboratory {self.world}", settings.numbers_of_terms)
+            write_problems(drawn[:HELD_OUT], self.held_out)
+            write_problems(drawn[HELD_OUT:], problems)
+        if len(list(read_lines(self.pool))) < len(list(read_lines(problems))):
+            measure = ["tools/evaluate.py", "measure", *SAMPLING, "--temperature", "1", "--model", str(self.model),
+                       "--data", str(problems), "--out", str(self.pool)]
+            run_side_by_side([Job(f"pass rates of {POOL} problems", measure, self.folder / "measure.log")], 1)
 
 
-def draw_ablation(runs: Mapping[str, Sequence[Path]], path: Path) -> Path:
-    """Draw the variants over time, each as its mean over seeds."""
+def choose_problems(start: Start, wanted: Mapping[str, int], seed: int, folder: Path) -> None:
+    """Choose a seed's training problems by pass rate: problems.jsonl, and filtered.jsonl, without those of 8/8."""
+    if (folder / "filtered.jsonl").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    pool, chosen, rng = load_problems(str(start.pool)), [], random.Random(f"ablation {seed}")
+    for borders, count in wanted.items():
+        low, _, high = borders.partition("-")
+        fitting = [p for p in pool if p.pass_rate is not None and int(low) <= 8 * p.pass_rate <= int(high or low)]
+        if len(fitting) < count:
+            raise UserError(f"{start.pool}: {len(fitting)} problems have {borders} right of 8, and {count} are wanted")
+        chosen += rng.sample(fitting, count)
+    rng.shuffle(chosen)
+    write_problems(chosen, folder / "problems.jsonl")
+    write_problems([p for p in chosen if p.pass_rate != 1], folder / "filtered.jsonl")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A script of this project with its options, and where its output goes."""
+
+    name: str
+    command: Sequence[str]
+    log: Path
+
+
+def run_side_by_side(jobs: Sequence[Job], count: int) -> None:
+    """Run `count` jobs at a time, with one thread each. Raises: UserError if one fails; the others are then stopped."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    waiting, running = list(jobs), dict[subprocess.Popen[bytes], tuple[Job, float]]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < count:
+                job = waiting.pop(0)
+                with open(job.log, "ab") as log:
+                    command = [sys.executable, str(ROOT / job.command[0]), *job.command[1:]]
+                    process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+                running[process] = job, time.monotonic()
+            time.sleep(0.1)
+            for process in [process for process in running if process.poll() is not None]:
+                job, began = running.pop(process)
+                if process.returncode:
+                    said = job.log.read_text().strip().splitlines()
+                    raise UserError(f"{job.name} ended with {process.returncode}: {said[-1] if said else job.log}")
+                print(f"{job.name}: {time.monotonic() - began:.0f} s", flush=True)
+    finally:
+        for process in running:  # a trainer then saves its checkpoint
+            process.send_signal(signal.SIGINT)
+        for process in running:
+            process.wait()
+
+
+def run_regime(name: str, options: Ablate) -> dict[str, list[Path]]:
+    """Do the runs of a regime that are missing, and return the folders of all: variant -> one for each seed."""
+    regime, folder = REGIMES[name], options.out / name
+    start, variants = Start.of(regime.world, options.out), {**regime.variants, **options.own_variants}
+    seeds = range(options.seed, options.seed + options.seeds)
+    runs: dict[str, list[Path]] = {variant: [] for variant in variants}
+    jobs, configs = [], {}
+    for seed, (variant, own) in itertools.product(seeds, variants.items()):
+        run, problems = folder / f"{re.sub('[^a-z0-9.]+', '-', variant.lower())}-{seed}", folder / f"problems-{seed}"
+        words = shlex.split(f"{PLAIN} {regime.options} --seed {seed}")
+        words += ["--model", str(start.model), "--data", str(problems / "problems.jsonl"), "--eval-data",
+                  str(start.held_out), *shlex.split(f"{options.options} {own}")]  # fmt: skip
+        words = [word.replace("{filtered}", str(problems / "filtered.jsonl")) for word in words]
+        config, begun = read_config(words), (run / "config.json").exists()
+        if config.eval_every < 0:
+            raise UserError(f"eval_every is {config.eval_every}: evaluations are compared; give 0 or more")
+        if begun and saved_config(run) != config:
+            raise UserError(f"out is {options.out}: {run} has other settings; give another --out, or delete it")
+        if not is_complete(run, config):
+            words = ["--resume", str(run)] if begun else [*words, "--run-dir", str(run)]
+            jobs.append(Job(f"{name}, seed {seed}, {variant}", ["train.py", *words], run.with_suffix(".log")))
+        runs[variant].append(run)
+        configs[run] = config
+    start.prepare()
+    for seed in seeds:
+        choose_problems(start, regime.problems, seed, folder / f"problems-{seed}")
+    run_side_by_side(jobs, options.jobs)
+    evaluations = [
+        Job(f"{run} at T = {t}", ["tools/evaluate.py", "eval", *SAMPLING, "--top-k", "0", "--rollouts", "8",
+            "--temperature", str(t), "--model", str(run / "checkpoints" / f"step_{configs[run].total_steps:06d}"),
+            "--data", str(start.held_out), "--out", str(run / f"eval-{t:g}")], run.with_suffix(".log"))
+        for run in configs for t in regime.temperatures if not (run / f"eval-{t:g}" / "results.json").exists()
+    ]  # fmt: skip
+    run_side_by_side(evaluations, options.jobs)
+    return runs
+
+
+def is_complete(run: Path, config: Config) -> bool:
+    evaluated = any(line["step"] == config.total_steps for line in read_lines(run / "evaluations.jsonl"))
+    return evaluated and (run / "checkpoints" / f"step_{config.total_steps:06d}").is_dir()
+
+
+# -------------------------------------------------------------------------- what is compared
+def measure_run(run: Path, regime: Regime) -> dict[str, float | None]:
+    """Return what is compared of a run, by its title. None: the target was not reached. At the end: the last tenth."""
+    lines = list(read_lines(run / "metrics.jsonl"))
+    evaluations = list(read_lines(run / "evaluations.jsonl"))
+    last = lines[-max(1, len(lines) // 10) :]
+    points = [(e["step"], e["avg_at_k"]) for e in evaluations]
+    steps = 0.0 if points[0][1] >= regime.target else None
+    area = 0.0
+    for (s0, rate0), (s1, rate1) in itertools.pairwise(points):
+        area += (s1 - s0) * (rate0 + rate1) / 2
+        if steps is None and rate0 < regime.target <= rate1:
+            steps = s0 + (s1 - s0) * (regime.target - rate0) / (rate1 - rate0)
+    ever: dict[str, bool] = {}
+    for line in read_lines(run / "scores.jsonl"):
+        if line["step"] > 0:
+            ever[line["id"]] = ever.get(line["id"], False) or line["score"] > 0
+
+    def mean(metric: str, lines: Sequence[Mapping[str, Any]], scale: float = 1) -> float:
+        values = [line[metric] for line in lines if line[metric] is not None]
+        return scale * statistics.fmean(values) if values else math.nan
+
+    def to_target(metric: str) -> float | None:
+        return None if steps is None else sum(
+            line[metric] * min(1.0, max(0.0, steps - line["step"] + 1)) for line in lines) / 1000
+
+    found = {
+        FINAL: 100 * points[-1][1], PASS: 100 * evaluations[-1]["pass_at_k"][-1], SPEED: 100 * area / points[-1][0],
+        STEPS: steps, TOKENS: to_target("tokens/rollout"),
+        "training pass rate at the end, %": mean("reward/mean", last, 100),
+        "problems ever solved, %": 100 * statistics.fmean(ever.values()),
+        INFORMATIVE: mean("batch/informative", last, 100),
+        SKIPPED: 100 * statistics.fmean(line["policy/loss"] is None for line in lines),
+        "entropy at the end, nats": mean("policy/entropy", last),
+        "clipped tokens, %": mean("policy/clip_fraction", lines, 100),
+        "mismatch KL, 1e-6 nats": mean("mismatch/kl", lines, 1e6),
+        "tokens of a response at the end": mean("response/tokens_mean", last),
+        "temperature at the end": lines[-1]["sampling/temperature"],
+        GENERATED: sum(line["tokens/rollout"] for line in lines) / 1000,
+        UPDATED: sum(line["tokens/update"] for line in lines) / 1000,
+    }  # fmt: skip
+    for t in regime.temperatures:
+        of_data = json.loads((run / f"eval-{t:g}" / "results.json").read_text())["results"]
+        (result,) = (of_variant["plain"] for of_variant in of_data.values())
+        found |= {f"avg@8 at T = {t:g}, %": 100 * result["avg_at_k"], f"distinct-4 at T = {t:g}": result["distinct_4"],
+                  f"pass@8 at T = {t:g}, %": 100 * result["pass_at_k"][-1]}
+    return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of one variant beside the variant without the mechanism."""
+
+    metric: str
+    off: Sequence[float | None]  # one for each seed, as in `on`
+    on: Sequence[float | None]
+
+    def cells(self) -> list[str]:
+        """Return off, on, and their difference with its 95 % interval, paired by seed."""
+        reached = []
+        for side in (self.off, self.on):
+            known = [value for value in side if value is not None]
+            count = f" (reached by {len(known)} of {len(side)})" * (len(known) < len(side))
+            reached.append((self.shown(statistics.fmean(known)) if known else "") + count)
+        pairs = [b - a for a, b in zip(self.off, self.on, strict=True) if a is not None and b is not None]
+        if len(pairs) < 2:
+            return [*reached, self.shown(pairs[0], "+") if pairs else ""]
+        difference, interval = mean_and_interval(pairs)
+        of = f" ({len(pairs)} pairs)" if len(pairs) < len(self.off) else ""
+        return [*reached, f"{self.shown(difference, '+')} ± {self.shown(interval)}{of}"]
+
+    def shown(self, value: float, sign: str = "") -> str:
+        digits = 1 if "%" in self.metric else 0 if self.metric in (STEPS, TOKENS, GENERATED, UPDATED) else 3
+        return format(value, f"{sign},.{digits}f")
+
+
+def compare(runs: Mapping[str, Sequence[Path]], regime: Regime) -> dict[str, list[Comparison]]:
+    """Compare every variant with the first: variant -> metrics, then the cost."""
+    found = {variant: [measure_run(run, regime) for run in several] for variant, several in runs.items()}
+    first, *others = found
+    return {variant: [Comparison(metric, [m[metric] for m in found[first]], [m[metric] for m in found[variant]])
+                      for metric in (*regime.metrics, GENERATED, UPDATED)] for variant in others}  # fmt: skip
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return f"{title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def regime_table(name: str, runs: Mapping[str, Sequence[Path]]) -> str:
+    regime = REGIMES[name]
+    compared, (first, *_) = compare(runs, regime), runs
+    rows = []
+    for of_variants in zip(*compared.values(), strict=True):
+        cells = [comparison.cells() for comparison in of_variants]
+        rows.append([of_variants[0].metric, cells[0][0], *itertools.chain(*(others for _, *others in cells))])
+    heads = ["metric", first, *itertools.chain(*((variant, "difference") for variant in compared))]
+    seeds = len(runs[first])
+    return table(f"{name}: {regime.reason} ({seeds} seeds; target {regime.target:.0%})", heads, rows)
+
+
+def summary_table(runs: Mapping[str, Mapping[str, Sequence[Path]]]) -> str:
+    """Show each regime's deciding metric and cost, one row for each of its variants."""
+    rows = []
+    for name, of_variants in runs.items():
+        for variant, comparisons in compare(of_variants, REGIMES[name]).items():
+            decides, *_, generated, updated = comparisons
+            costs = [" → ".join(cost.cells()[:2]) for cost in (generated, updated)]
+            rows.append([f"{name}: {variant}", decides.metric, *decides.cells(), *costs])
+    return table("Each regime's deciding metric", ["regime: variant", "metric", "off", "on", "difference", GENERATED,
+                                                   UPDATED], rows)  # fmt: skip
+
+
+def draw_regimes(runs: Mapping[str, Mapping[str, Sequence[Path]]], path: Path) -> None:
+    """Draw the held-out pass rate over generated tokens: each variant's mean over seeds, and each seed thin."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 9), layout="constrained")
-    axes = figure.subplots(2, 2)
-    for number, (name, several) in enumerate(runs.items()):
-        metrics = [list(data.read_lines(run / "metrics.jsonl")) for run in several]
-        evaluations = [list(data.read_lines(run / "evaluations.jsonl")) for run in several]
-        style: dict[str, Any] = {"color": f"C{number}", "linewidth": 2.5 if number == 0 else 1.2, "label": name}
+    columns = min(3, len(runs))
+    rows = math.ceil(len(runs) / columns)
+    figure = Figure(figsize=(4.6 * columns, 3.4 * rows), layout="constrained")
+    axes: list[Any] = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for axis in axes[len(runs) :]:
+        axis.set_visible(False)
+    for axis, (name, of_variants) in zip(axes, runs.items(), strict=False):
+        for number, (variant, several) in enumerate(of_variants.items()):
+            curves = []
+            for run in several:
+                tokens = [0.0, *itertools.accumulate(line["tokens/rollout"] / 1e6
+                                                     for line in read_lines(run / "metrics.jsonl"))]
+                points = [(tokens[e["step"]], 100 * e["avg_at_k"]) for e in read_lines(run / "evaluations.jsonl")]
+                curves.append(points)
+                axis.plot(*zip(*points, strict=True), color=f"C{number}", linewidth=0.5, alpha=0.5)
+            means = [[statistics.fmean(values) for values in zip(*same, strict=True)]
+                     for same in zip(*curves, strict=True)]
+            axis.plot(*zip(*means, strict=True), color=f"C{number}", linewidth=2, marker=".", label=variant)
+        axis.set(title=name, xlabel="generated tokens, millions", ylabel="held-out avg@4, %")
+        axis.legend(fontsize="small")
+    figure.savefig(path, dpi=90)
 
-        def mean(lines: Sequence[Sequence[dict[str, Any]]], metric: str) -> list[float]:
-            return [statistics.fmean(line[metric] for line in same) for same in zip(*lines, strict=False)]
 
-        tokens = [0.0, *itertools.accumulate(mean(metrics, "tokens/rollout"))]
-        held_out, steps = mean(evaluations, "avg_at_k"), [e["step"] for e in evaluations[0]]
-        axes[0, 0].plot(steps, held_out, marker=".", **style)
-        axes[0, 1].plot([tokens[step] / 1e6 for step in steps], held_out, marker=".", **style)
-        for axis, metric in ((axes[1, 0], "batch/informative"), (axes[1, 1], "diversity/distinct_4")):
-            values = mean(metrics, metric)
-            smooth = [statistics.fmean(values[max(0, i - 4) : i + 5]) for i in range(len(values))]
-            axis.plot(range(1, len(values) + 1), smooth, **style)
-    for axis, x, y in ((axes[0, 0], "step", "held-out pass rate"),
-                       (axes[0, 1], "million generated tokens", "held-out pass rate"),
-                       (axes[1, 0], "step", "share of informative groups"), (axes[1, 1], "step", "distinct-4")):
-        axis.set(xlabel=x, ylabel=y)
-    axes[0, 0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
-    return path
+def list_regimes() -> None:
+    for name, regime in REGIMES.items():
+        problems = ", ".join(f"{count} problems with {right}/8" for right, count in regime.problems.items())
+        print(f"{name}\n    {regime.reason}\n    {problems}; {regime.options}")
+        for variant, options in regime.variants.items():
+            print(f"      {variant}: {options or 'plain GRPO'}")
+    print(f"\nplain GRPO: {PLAIN}\nrun one: python tools/ablate.py NAME; all of them: python tools/ablate.py all")
 
 
 def main(arguments: Sequence[str]) -> None:
-    transformers_logging.disable_progress_bar()
-    options, others = tyro.cli(Ablate, args=arguments, prog="tools/ablate.py", return_unknown_args=True)
-    config, stop = read_config(others), train.StopSignal()
-    try:
-        run_ablation(options, config, stop)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where it stopped")
-        sys.exit(0 if stop.number == signal.SIGINT else 128 + stop.number)
+    options = tyro.cli(Ablate, args=arguments, prog="tools/ablate.py", description=__doc__)
+    if not options.regime:
+        list_regimes()
+        return
+    runs = {}
+    for name in REGIMES if options.regime == "all" else [options.regime]:
+        runs[name] = run_regime(name, options)
+        text = regime_table(name, runs[name])
+        write_whole(options.out / name / "table.md", text)
+        draw_regimes({name: runs[name]}, options.out / name / "curves.png")
+        print(f"\n{text}\n{options.out / name}/table.md, curves.png", flush=True)
+    if options.regime == "all":
+        write_whole(options.out / "table.md", text := summary_table(runs))
+        draw_regimes(runs, options.out / "curves.png")
+        print(f"\n{text}\n{options.out}/table.md, curves.png")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(sys.argv[1:])
-    except (ValueError, RewardError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"ablate.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it stopped")
+        sys.exit(130)

@@ -76,13 +76,15 @@ class World:
     """How often it teaches those wrong."""
     haste: float = 0.5
     """How often a line of working adds one term more than it must."""
+    ramble: float = 0.0
+    """How often a line of working comes once more."""
     warmup_steps: int = 2000
     """Supervised steps of the warm start, on 32 worked sums each. With fewer the model is worse at sums."""
 
     def __post_init__(self) -> None:
         for name in ("problems", "held_out", "warmup_steps"):
             require(self, getattr(self, name) >= 1, name, "give at least 1")
-        for name in ("hard", "wrong", "haste"):
+        for name in ("hard", "wrong", "haste", "ramble"):
             require(self, 0 <= getattr(self, name) < 1, name, "give a share from 0 to below 1")
         fewest, most = self.terms
         require(self, 2 <= fewest <= most <= LARGEST, "terms", f"give two numbers from 2 to {LARGEST}, rising")
@@ -143,6 +145,8 @@ def toy_response(problem: Problem, rng: random.Random | None, world: World = DEF
             wrong = hard and happens(world.wrong) and result + term + slip > 0
             result += term + slip * wrong
         lines.append(f"{' + '.join(map(str, [total, *terms[:count]]))} = {result}\n")
+        while world.ramble and happens(world.ramble):  # at 0 it must not draw: worlds would change
+            lines.append(lines[-1])
         total, terms = result, terms[count:]
     return f"{''.join(lines)}</think>\n\\boxed{{{total}}}"
 
