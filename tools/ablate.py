@@ -81,13 +81,13 @@ REGIMES = {
         (FINAL, PASS, "training pass rate at the end, %", "problems ever solved, %", INFORMATIVE), world="stubborn",
     ),
     "temperature": Regime(
-        "a long run: diversity and informative groups run out",
-        {"0-8": 256}, "--stages 80:1.0:64 80:1.0:64 80:1.0:64",
-        {"always 1": "", "chosen once": "--stages 240:auto:64",
-         "chosen, then raised": "--stages 80:auto:64 80:auto:64 80:auto:64"},
+        "a long run that must find what the model hardly ever does: diversity and informative groups run out",
+        {"0-8": 256}, "--stages 60:1.0:64 60:1.0:64 60:1.0:64",
+        {"always 1": "", "chosen once": "--stages 180:auto:64",
+         "chosen, then raised": "--stages 60:auto:64 60:auto:64 60:auto:64"},
         ("avg@8 at T = 1, %", "avg@8 at T = 0.6, %", "pass@8 at T = 1, %", "pass@8 at T = 0.6, %",
          "distinct-4 at T = 1", INFORMATIVE, "temperature at the end"),
-        temperatures=(0.6, 1.0),
+        world="stubborn", temperatures=(0.6, 1.0),
     ),
     "filter": Regime(
         "the model always solves seven in ten problems",
@@ -132,7 +132,7 @@ REGIMES = {
         {"0": 120, "8": 33, "1-7": 103}, "--stages 80:1.0:128 80:1.0:128 80:1.0:128",
         {"plain GRPO": "", "all mechanisms": "--data {filtered} --rescue --substitute --mastered-above 0.9 "
          "--stages 80:auto:64 80:auto:128 80:auto:128"},
-        (FINAL, PASS, SPEED, TOKENS, STEPS, INFORMATIVE, SKIPPED), world="rambling",
+        (FINAL, PASS, SPEED, TOKENS, STEPS, INFORMATIVE, SKIPPED), target=0.5, world="rambling",
     ),
 }  # fmt: skip
 
