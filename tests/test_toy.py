@@ -1,6 +1,7 @@
 """The toy world: sums, bad habits, tokenizer, and the folder that tools/toy.py makes of them."""
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections import Counter, defaultdict
@@ -92,6 +93,17 @@ def test_habits_follow_the_worlds_settings():
     assert sum(found.total() - found[0] for found in hard) == pytest.approx(0.2 * sum(f.total() for f in hard), rel=0.1)
     slips, _ = slips_and_haste(toy.World(hard=0))
     assert all(set(found) == {0} for found in slips.values())
+
+
+def test_rambling_repeats_lines_and_changes_nothing_else():
+    world, rng = toy.World(hard=0, haste=0, ramble=0.5), random.Random(0)
+    lines = repeated = 0
+    for problem in toy.toy_problems(500, seed=0):
+        response = toy.toy_response(problem, rng, world).split("\n")
+        assert "\n".join(line for line, _ in itertools.groupby(response)) == toy.toy_response(problem, None)
+        lines += len(response) - 2
+        repeated += sum(a == b for a, b in itertools.pairwise(response))
+    assert repeated / lines == pytest.approx(0.5, abs=0.02)
 
 
 # ------------------------------------------------------------------------------------- tokenizer

@@ -45,6 +45,7 @@ POOL, HELD_OUT = 4096, 256
 WORLDS = {  # each with sums of 2 to 6 terms, so that a run takes a minute or two
     "toy": World(terms=(2, 6)),  # with the model that is shipped
     "stubborn": World(terms=(2, 6), hard=0.4, wrong=0.97, warmup_steps=1000),
+    "careful": World(terms=(2, 6), hard=0.4, wrong=0.97, haste=0.0, warmup_steps=1000),
     "rambling": World(terms=(2, 6), hard=0.2, ramble=0.7, warmup_steps=1500),
 }
 SAMPLING = shlex.split("--device cpu --prompt-suffix= --max-response-tokens 128 --rollouts-per-batch 512")
@@ -79,6 +80,11 @@ REGIMES = {
         "few hard problems, visited over and over: most groups have no correct response",
         {"0": 64}, "--stages 100:1.0:64", {"off": "", "on": "--rescue"},
         (FINAL, PASS, "training pass rate at the end, %", "problems ever solved, %", INFORMATIVE), world="stubborn",
+    ),
+    "rescue-sound": Regime(
+        "the same without haste: what leads to a right answer is mostly right",
+        {"0": 64}, "--stages 100:1.0:64", {"off": "", "on": "--rescue"},
+        (FINAL, PASS, "training pass rate at the end, %", "problems ever solved, %", INFORMATIVE), world="careful",
     ),
     "temperature": Regime(
         "a long run that must find what the model hardly ever does: diversity and informative groups run out",
