@@ -46,6 +46,7 @@ WORLDS = {  # each with sums of 2 to 6 terms, so that a run takes a minute or tw
     "toy": World(terms=(2, 6)),  # with the model that is shipped
     "stubborn": World(terms=(2, 6), hard=0.4, wrong=0.97, warmup_steps=1000),
     "careful": World(terms=(2, 6), hard=0.4, wrong=0.97, haste=0.0, warmup_steps=1000),
+    "sure": World(terms=(2, 4), hard=0.3, wrong=0.97, haste=0.0, warmup_steps=2000),
     "rambling": World(terms=(2, 6), hard=0.2, ramble=0.7, warmup_steps=1500),
 }
 SAMPLING = shlex.split("--device cpu --prompt-suffix= --max-response-tokens 128 --rollouts-per-batch 512")
@@ -98,17 +99,17 @@ REGIMES = {
     "filter": Regime(
         "the model always solves seven in ten problems",
         {"8": 350, "0-7": 150}, "--stages 60:1.0:64 --eval-every 10", {"off": "", "on": "--data {filtered}"},
-        (TOKENS, STEPS, SPEED, FINAL, INFORMATIVE), target=0.85,
+        (TOKENS, STEPS, SPEED, FINAL, INFORMATIVE), world="sure",
     ),
     "substitution": Regime(
-        "most groups are uninformative, with Adam, which undoes a constant factor of the gradient",
-        {"0": 110, "8": 110, "1-7": 36}, "--stages 60:1.0:64 --eval-every 10",
-        {"off": "", "on": "--substitute"}, (TOKENS, STEPS, SPEED, FINAL, SKIPPED),
+        "most problems are solved always or never; Adam undoes a constant factor of the gradient",
+        {"0": 64, "8": 64, "1-7": 128}, "--stages 60:1.0:64 --eval-every 10",
+        {"off": "", "on": "--substitute"}, (TOKENS, STEPS, SPEED, FINAL, INFORMATIVE, SKIPPED), world="sure",
     ),
     "substitution-sgd": Regime(
         "the same with SGD, whose step shrinks with the share of informative groups",
-        {"0": 110, "8": 110, "1-7": 36}, "--stages 60:1.0:64 --eval-every 10 --optimizer sgd --lr 0.05",
-        {"off": "", "on": "--substitute"}, (TOKENS, STEPS, SPEED, FINAL, SKIPPED), target=0.6,
+        {"0": 64, "8": 64, "1-7": 128}, "--stages 60:1.0:64 --eval-every 10 --optimizer sgd --lr 0.05",
+        {"off": "", "on": "--substitute"}, (TOKENS, STEPS, SPEED, FINAL, INFORMATIVE, SKIPPED), world="sure",
     ),
     "length": Regime(
         "responses ramble, many of them to the limit",
@@ -135,9 +136,9 @@ REGIMES = {
     ),
     "polaris": Regime(
         "all of it: problems that are never or always solved, responses that ramble, a long run",
-        {"0": 120, "8": 33, "1-7": 103}, "--stages 80:1.0:128 80:1.0:128 80:1.0:128",
+        {"0": 120, "8": 33, "1-7": 103}, "--stages 60:1.0:128 60:1.0:128 60:1.0:128",
         {"plain GRPO": "", "all mechanisms": "--data {filtered} --rescue --substitute --mastered-above 0.9 "
-         "--stages 80:auto:64 80:auto:128 80:auto:128"},
+         "--stages 60:auto:64 60:auto:128 60:auto:128"},
         (FINAL, PASS, SPEED, TOKENS, STEPS, INFORMATIVE, SKIPPED), target=0.5, world="rambling",
     ),
 }  # fmt: skip
