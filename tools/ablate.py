@@ -103,12 +103,12 @@ REGIMES = {
     ),
     "substitution": Regime(
         "most problems are solved always or never; Adam undoes a constant factor of the gradient",
-        {"0": 64, "8": 64, "1-7": 128}, "--stages 60:1.0:64 --eval-every 10",
+        {"0": 32, "8": 48, "1": 80, "2-7": 96}, "--stages 60:1.0:64 --eval-every 10",
         {"off": "", "on": "--substitute"}, (TOKENS, STEPS, SPEED, FINAL, INFORMATIVE, SKIPPED), world="sure",
     ),
     "substitution-sgd": Regime(
         "the same with SGD, whose step shrinks with the share of informative groups",
-        {"0": 64, "8": 64, "1-7": 128}, "--stages 60:1.0:64 --eval-every 10 --optimizer sgd --lr 0.05",
+        {"0": 32, "8": 48, "1": 80, "2-7": 96}, "--stages 60:1.0:64 --eval-every 10 --optimizer sgd --lr 0.05",
         {"off": "", "on": "--substitute"}, (TOKENS, STEPS, SPEED, FINAL, INFORMATIVE, SKIPPED), world="sure",
     ),
     "length": Regime(
