@@ -64,8 +64,8 @@ def test_with_all_mechanisms_off_training_is_plain_grpo_to_the_bit(tmp_path):
 FIRST = ["--model", "M", "--data", "problems.jsonl", "--eval-data", "held_out.jsonl"]
 SETTING = {
     "rescue": {"rescue"}, "rescue-sound": {"rescue"}, "temperature": {"stages"}, "filter": {"data"},
-    "substitution": {"substitute"}, "substitution-sgd": {"substitute"}, "length": {"stages"},
-    "mastered": {"mastered_above"}, "clip-high": {"clip_high"}, "tis": {"mismatch"},
+    "substitution": {"substitute"}, "substitution-sgd": {"substitute"}, "substitution-poor": {"substitute"},
+    "length": {"stages"}, "mastered": {"mastered_above"}, "clip-high": {"clip_high"}, "tis": {"mismatch"},
     "polaris": {"data", "rescue", "substitute", "mastered_above", "stages"}}  # fmt: skip
 """What a regime's variants may differ in."""
 
