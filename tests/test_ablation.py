@@ -1,6 +1,7 @@
 """Switching mechanisms off: what is left is plain GRPO, and what tools/ablate.py makes of the comparison."""
 from __future__ import annotations
 
+import json
 import random
 import shlex
 import shutil
@@ -120,6 +121,16 @@ def test_measures_interpolate_the_steps_and_tokens_to_the_target(tmp_path):
     assert ablate.measure_run(run, replace(REGIME, target=0.1))[ablate.STEPS] == 0
 
 
+def test_every_metric_of_a_regime_is_measured(tmp_path):
+    run = made_up_run(tmp_path / "run", {0: 0.2, 10: 0.4})
+    for t in ("0.6", "1"):
+        result = {"avg_at_k": 0.5, "pass_at_k": [0.5, 0.75], "distinct_4": 0.3}
+        data.write_whole(run / f"eval-{t}" / "results.json", json.dumps({"results": {"sums": {"plain": result}}}))
+    found = ablate.measure_run(run, replace(REGIME, temperatures=(0.6, 1.0)))
+    assert found["pass@8 at T = 0.6, %"] == 75
+    assert all(set(regime.metrics) <= set(found) for regime in ablate.REGIMES.values())
+
+
 def test_differences_are_paired_by_seed():
     cells = ablate.Comparison(ablate.FINAL, off=(10.0, 30.0, 50.0), on=(12.0, 32.0, 55.0)).cells()
     assert cells == ["30.0", "33.0", "+3.0 ± 4.3"]  # differences 2, 2, 5: 4.30 * sqrt(3) / sqrt(3)
@@ -159,7 +170,7 @@ def test_a_regime_runs_every_variant_once_and_goes_on_where_it_stopped(monkeypat
     made_up_world(tmp_path / "out")
     regime = replace(REGIME, problems={"0-8": 12}, options=SHORT, metrics=(ablate.FINAL, "pass@8 at T = 1, %"),
                      temperatures=(1.0,))  # fmt: skip
-    monkeypatch.setitem(ablate.REGIMES, "made-up", regime)
+    monkeypatch.setattr(ablate, "REGIMES", {"made-up": regime})
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     arguments = ["made-up", "--seeds", "1", "--seed", "4", "--out", str(tmp_path / "out"), "--variant",
                  "slow: --lr 1e-5"]  # fmt: skip
@@ -185,11 +196,14 @@ def test_a_regime_runs_every_variant_once_and_goes_on_where_it_stopped(monkeypat
     for name in ("metrics", "evaluations"):
         kept = (cut / f"{name}.jsonl").read_text().splitlines(keepends=True)[:-1]
         (cut / f"{name}.jsonl").write_text("".join(kept))
-    ablate.main(arguments)
+    ablate.main(["all", *arguments[1:]])
     again = capsys.readouterr().out
     assert [line.partition(":")[0] for line in again.splitlines() if line.endswith(" s")] == [
         "made-up, seed 4, on", f"{cut} at T = 1.0"]  # fmt: skip
     assert (folder / "table.md").read_text() == table
+    *_, on, slow = (folder.parent / "table.md").read_text().splitlines()
+    assert [on.split(" | ")[0], slow.split(" | ")[0]] == ["| made-up: on", "| made-up: slow"]
+    assert (folder.parent / "curves.png").stat().st_size > 10_000
 
     with pytest.raises(data.UserError, match="off-4 has other settings"):
         ablate.main([*arguments, "--options=--lr 1e-3"])
