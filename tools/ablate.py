@@ -130,7 +130,7 @@ REGIMES = {
     ),
     "clip-high": Regime(
         "several updates per batch: ratios leave 1, and the clip stops what becomes likelier",
-        {"0-8": 256}, "--stages 100:1.0:64 --updates-per-batch 4 --lr 1e-4",
+        {"0-8": 256}, "--stages 100:1.0:64 --updates-per-batch 4",
         {"off": "--clip-high 0.2", "on": "--clip-high 0.28"},
         (FINAL, PASS, SPEED, "entropy at the end, nats", "clipped tokens, %"),
     ),
@@ -379,11 +379,11 @@ class Comparison:
         if len(pairs) < 2:
             return [*reached, self.shown(pairs[0], "+") if pairs else ""]
         difference, interval = mean_and_interval(pairs)
-        of = f" ({len(pairs)} pairs)" if len(pairs) < len(self.off) else ""
+        of = f" (of {len(pairs)} pairs)" if len(pairs) < len(self.off) else ""
         return [*reached, f"{self.shown(difference, '+')} ± {self.shown(interval)}{of}"]
 
     def shown(self, value: float, sign: str = "") -> str:
-        digits = 1 if "%" in self.metric else 0 if self.metric in (STEPS, TOKENS, GENERATED, UPDATED) else 3
+        digits = 1 if "%" in self.metric else 0 if "tokens" in self.metric or self.metric == STEPS else 3
         return format(value, f"{sign},.{digits}f")
 
 
