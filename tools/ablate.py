@@ -376,11 +376,11 @@ class Comparison:
             count = f" (reached by {len(known)} of {len(side)})" * (len(known) < len(side))
             reached.append((self.shown(statistics.fmean(known)) if known else "") + count)
         pairs = [b - a for a, b in zip(self.off, self.on, strict=True) if a is not None and b is not None]
-        if len(pairs) < 2:
-            return [*reached, self.shown(pairs[0], "+") if pairs else ""]
+        if not pairs:
+            return [*reached, ""]
         difference, interval = mean_and_interval(pairs)
-        of = f" (of {len(pairs)} pairs)" if len(pairs) < len(self.off) else ""
-        return [*reached, f"{self.shown(difference, '+')} ± {self.shown(interval)}{of}"]
+        text = self.shown(difference, "+") + f" ± {self.shown(interval)}" * (len(pairs) > 1)
+        return [*reached, text + f" ({len(pairs)} of {len(self.off)} seeds)" * (len(pairs) < len(self.off))]
 
     def shown(self, value: float, sign: str = "") -> str:
         digits = 1 if "%" in self.metric else 0 if "tokens" in self.metric or self.metric == STEPS else 3
