@@ -124,6 +124,8 @@ CASES = {  # what our own modules say, in one line
     "tools/ablate.py": [
         ("rescue --options=--resume=damaged_run", "resume is damaged_run"),
         ("rescue --options=--eval-every=-1", "eval_every is -1: evaluations are compared; give 0 or more"),
+        ("length --options=--stages=5:1.0:64", "options has stages: a variant sets it too; leave it out"),
+        ("rescue --variant=On:--lr=1 --variant=a:--lr=2", "variant is On, a: give each a name of its own"),
     ],
     "tools/plan.py": [
         ("--gpu-memory 0", "gpu_memory is 0.0"), ("--run nowhere", "resume is nowhere: "),
@@ -229,6 +231,7 @@ SETTINGS = {  # what tyro says, or shows of what a configuration says of its val
         ("--sead 1", "--sead, 1"), ("--seeds many", "'many'"), ("resque", "regime is resque: give all or one of"),
         ("rescue --seeds 0", "seeds is 0, jobs 2: give at least 1"),
         ("rescue --variant stored", "variant is stored: give 'NAME: OPTIONS'"),
+        ("rescue --options=--seed=7", "options has seed: the regime sets it for every run"),
     ],
     "tools/plan.py": [("--gpu-memory big", "'big'"), ("--gpuz 1", "--gpuz, 1")],
     "tools/difficulty.py": [("sort", "sort"), ("filter", "--scores"),

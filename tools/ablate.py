@@ -5,8 +5,9 @@
     python tools/ablate.py all           # run every one
     python tools/ablate.py rescue --variant 'stored: --rescue --rescue-ratio stored'    # and a variant of yours
 
-Called again, it goes on where it stopped. All runs of a regime begin with one model. A seed has its own training
-problems and its own chance, and a difference is one between runs of the same seed.
+Called again, it goes on where it stopped; after a change of the code give another --out. All runs of a regime begin
+with one model. A seed has its own training problems and its own chance, and a difference is one between runs of the
+same seed.
 """
 from __future__ import annotations
 
@@ -156,10 +157,11 @@ class Ablate:
 
     regime: Annotated[str, tyro.conf.Positional] = ""
     """One of the list, or all."""
-    variant: tuple[str, ...] = ()
-    """A variant of yours, as 'NAME: OPTIONS' with options of train.py; it is compared with the regime's first one."""
+    variant: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A variant of yours, as 'NAME: OPTIONS' with options of train.py; it is compared with the regime's first one. Give
+    it several times for several variants."""
     options: str = ""
-    """Options of train.py for every variant, as in --options='--lr 1e-4'."""
+    """Options of train.py for every variant, as in --options='--lr 1e-4', but none that a variant sets."""
     out: Path = Path("runs/ablation")
     """Folder of runs, tables and figures. What is finished in it is not done again."""
     seeds: int = 6
@@ -177,11 +179,23 @@ class Ablate:
         for name, words in self.own_variants.items():
             if not name or not words.startswith("--"):
                 raise UserError(f"variant is {name}: give 'NAME: OPTIONS', as 'stored: --rescue --rescue-ratio stored'")
+        if clash := names_of(self.options) & {"seed", "model", "eval-data", "run-dir"}:
+            raise UserError(f"options has {', '.join(clash)}: the regime sets it for every run; leave it out")
 
     @property
     def own_variants(self) -> dict[str, str]:
         split = (variant.partition(":") for variant in self.variant)
         return {name.strip(): words.strip() for name, _, words in split}
+
+
+def names_of(options: str) -> set[str]:
+    """Name the options in a text, --no-X as X.
+
+    >>> sorted(names_of("--lr 1e-4 --no-rescue --stages=5:1.0:64"))
+    ['lr', 'rescue', 'stages']
+    """
+    words = (word for word in shlex.split(options) if word.startswith("--"))
+    return {word.removeprefix("--").removeprefix("no-").partition("=")[0].replace("_", "-") for word in words}
 
 
 @dataclass(frozen=True)
@@ -273,11 +287,17 @@ def run_regime(name: str, options: Ablate) -> dict[str, list[Path]]:
     """Do the runs of a regime that are missing, and return the folders of all: variant -> one for each seed."""
     regime, folder = REGIMES[name], options.out / name
     start, variants = Start.of(regime.world, options.out), {**regime.variants, **options.own_variants}
+    folders = {variant: re.sub("[^a-z0-9.]+", "-", variant.lower()) for variant in variants}
+    if len(set(folders.values())) < len(regime.variants) + len(options.variant):
+        raise UserError(f"variant is {', '.join(options.own_variants)}: give each a name of its own, other than "
+                        f"{', '.join(regime.variants)}")
+    if clash := names_of(options.options) & set().union(*map(names_of, variants.values())):
+        raise UserError(f"options has {', '.join(clash)}: a variant sets it too; leave it out, or give --variant")
     seeds = range(options.seed, options.seed + options.seeds)
     runs: dict[str, list[Path]] = {variant: [] for variant in variants}
     jobs, configs = [], {}
     for seed, (variant, own) in itertools.product(seeds, variants.items()):
-        run, problems = folder / f"{re.sub('[^a-z0-9.]+', '-', variant.lower())}-{seed}", folder / f"problems-{seed}"
+        run, problems = folder / f"{folders[variant]}-{seed}", folder / f"problems-{seed}"
         words = shlex.split(f"{PLAIN} {regime.options} --seed {seed}")
         words += ["--model", str(start.model), "--data", str(problems / "problems.jsonl"), "--eval-data",
                   str(start.held_out), *shlex.split(f"{options.options} {own}")]  # fmt: skip
@@ -296,6 +316,8 @@ def run_regime(name: str, options: Ablate) -> dict[str, list[Path]]:
     for seed in seeds:
         choose_problems(start, regime.problems, seed, folder / f"problems-{seed}")
     run_side_by_side(jobs, options.jobs)
+    if stopped := [run for run, config in configs.items() if not is_complete(run, config)]:
+        raise UserError(f"{stopped[0]} was stopped before its end: the same command goes on with it")
     evaluations = [
         Job(f"{run} at T = {t}", ["tools/evaluate.py", "eval", *SAMPLING, "--top-k", "0", "--rollouts", "8",
             "--temperature", str(t), "--model", str(run / "checkpoints" / f"step_{configs[run].total_steps:06d}"),
@@ -454,9 +476,12 @@ def draw_regimes(runs: Mapping[str, Mapping[str, Sequence[Path]]], path: Path) -
 def list_regimes() -> None:
     for name, regime in REGIMES.items():
         problems = ", ".join(f"{count} problems with {right}/8" for right, count in regime.problems.items())
-        print(f"{name}\n    {regime.reason}\n    {problems}; {regime.options}")
+        print(f"{name}: {regime.reason}\n    decides: {regime.metrics[0]} (target {regime.target:.0%})\n"
+              f"    world {regime.world}, {problems}; {regime.options}")
         for variant, options in regime.variants.items():
             print(f"      {variant}: {options or 'plain GRPO'}")
+    for world, settings in WORLDS.items():
+        print(f"world {world}: {settings}")
     print(f"\nplain GRPO: {PLAIN}\nrun one: python tools/ablate.py NAME; all of them: python tools/ablate.py all")
 
 
