@@ -206,7 +206,7 @@ def test_a_regime_runs_every_variant_once_and_goes_on_where_it_stopped(monkeypat
     assert (folder.parent / "curves.png").stat().st_size > 10_000
 
     with pytest.raises(data.UserError, match="off-4 has other settings"):
-        ablate.main([*arguments, "--options=--lr 1e-3"])
+        ablate.main([*arguments, "--options=--weight-decay 0.1"])
 
 
 def test_a_signal_stops_the_runs_at_a_checkpoint(environment, tmp_path):
