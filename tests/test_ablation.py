@@ -136,7 +136,7 @@ def test_differences_are_paired_by_seed():
     assert cells == ["30.0", "33.0", "+3.0 ± 4.3"]  # differences 2, 2, 5: 4.30 * sqrt(3) / sqrt(3)
     cells = ablate.Comparison(ablate.STEPS, off=(10.0, None, 20.0), on=(8.0, 30.0, None)).cells()
     assert cells == ["15 (reached by 2 of 3)", "19 (reached by 2 of 3)", "-2 (1 of 3 seeds)"]
-    assert ablate.Comparison(ablate.STEPS, off=(None,), on=(None,)).cells() == [" (reached by 0 of 1)"] * 2 + [""]
+    assert ablate.Comparison(ablate.STEPS, off=(None,), on=(None,)).cells() == ["(reached by 0 of 1)"] * 2 + [""]
 
 
 def made_up_world(out: Path) -> ablate.Start:

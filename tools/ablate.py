@@ -40,10 +40,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # -------------------------------------------------------------------------- the regimes
 PLAIN = ("--preset toy --device cpu --no-rescue --no-substitute --mastered-above 1 --prompts-per-step 16 --eval-every "
          "20 --eval-rollouts 4 --eval-temperature 1 --checkpoint-every 40 --keep-checkpoints 1 --reward-workers 1")
-"""Plain GRPO on the toy model, for every run. The options of a regime and of a variant come after these."""
+"""Plain GRPO by the preset toy, for every run. The options of a regime and of a variant come after these."""
 POOL, HELD_OUT = 4096, 256
 """Problems that are measured, for regimes to choose from, and problems for the evaluations of all runs."""
-WORLDS = {  # each with sums of 2 to 6 terms, so that a run takes a minute or two
+WORLDS = {  # with short sums, so that a run takes a minute or two
     "toy": World(terms=(2, 6)),  # with the model that is shipped
     "stubborn": World(terms=(2, 6), hard=0.4, wrong=0.97, warmup_steps=1000),
     "careful": World(terms=(2, 6), hard=0.4, wrong=0.97, haste=0.0, warmup_steps=1000),
@@ -69,7 +69,7 @@ class Regime:
     variants: Mapping[str, str]
     """Name and options; the first is without the mechanism. {filtered}: the problems but those solved 8 times of 8."""
     metrics: tuple[str, ...]
-    """What the table shows. The first was chosen before any run."""
+    """What the table shows. The first decides."""
     target: float = 0.75
     """Held-out pass rate; steps and tokens until a run reaches it are compared."""
     world: str = "toy"
@@ -306,7 +306,7 @@ def run_regime(name: str, options: Ablate) -> dict[str, list[Path]]:
         if config.eval_every < 0:
             raise UserError(f"eval_every is {config.eval_every}: evaluations are compared; give 0 or more")
         if begun and saved_config(run) != config:
-            raise UserError(f"out is {options.out}: {run} has other settings; give another --out, or delete it")
+            raise UserError(f"out is {options.out}: {run} has other settings; give another --out, or delete that run")
         if not is_complete(run, config):
             words = ["--resume", str(run)] if begun else [*words, "--run-dir", str(run)]
             jobs.append(Job(f"{name}, seed {seed}, {variant}", ["train.py", *words], run.with_suffix(".log")))
@@ -396,7 +396,7 @@ class Comparison:
         for side in (self.off, self.on):
             known = [value for value in side if value is not None]
             count = f" (reached by {len(known)} of {len(side)})" * (len(known) < len(side))
-            reached.append((self.shown(statistics.fmean(known)) if known else "") + count)
+            reached.append(f"{self.shown(statistics.fmean(known)) if known else ''}{count}".strip())
         pairs = [b - a for a, b in zip(self.off, self.on, strict=True) if a is not None and b is not None]
         if not pairs:
             return [*reached, ""]
