@@ -122,6 +122,8 @@ def test_plan_knows_what_each_option_changes():
     blocks = 28 * 9216 * 2048 * 4
     assert before["activations kept"] - after("--offload-activations")["activations kept"] == pytest.approx(
         blocks * 27 / 28)
+    pinned = planned(f"{base} --offload-activations").cpu["activations"]
+    assert blocks < pinned == 28 * 2**27  # 72 MiB are rounded up to 128
     lora = after("--lora-rank 32")
     assert lora["policy"] == pytest.approx(2 * parameters, rel=0.05)
     assert lora["gradients"] < 0.05 * before["gradients"]

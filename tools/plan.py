@@ -127,7 +127,7 @@ def weight_bytes(policy: torch.nn.Module, config: Config) -> float:
 
 
 def update_bytes(policy: torch.nn.Module, config: Config, longest: int) -> tuple[float, float, float, float]:
-    """Return what the forward pass keeps, the peaks of log-probs and backward pass, and the inputs of all blocks.
+    """Return what forward keeps, the peaks of log-probs and backward pass, and the CPU memory for all blocks' inputs.
 
     Not estimated by formulas but found by a dry run of the update's own code. `longest`: a prompt and its response.
     """
@@ -141,7 +141,8 @@ def update_bytes(policy: torch.nn.Module, config: Config, longest: int) -> tuple
     kept, logprobs, backward = (a + more * (b - a) for a, b in zip(one, two, strict=True))
     if config.quantize_base:  # one matrix at a time is made 16-bit again
         backward += max(w.numel() * w.element_size() for w in frozen_linear(policy))
-    return kept, logprobs, backward, layers * (two[0] - one[0])
+    pinned = 2 ** math.ceil(math.log2(two[0] - one[0]))  # PyTorch rounds pinned memory up to a power of two
+    return kept, logprobs, backward, layers * pinned
 
 
 def engine_bytes(
