@@ -125,6 +125,8 @@ CASES = {  # what our own modules say, in one line
         ("rescue --options=--resume=damaged_run", "resume is damaged_run"),
         ("rescue --options=--eval-every=-1", "eval_every is -1: evaluations are compared; give 0 or more"),
         ("length --options=--stages=5:1.0:64", "options has stages: a variant sets it too; leave it out"),
+        ("temperature --options=--temperature=1.2", "options has stages: a variant sets it too; leave it out"),
+        ("rescue --variant=problems:--lr=1", "variant is problems: give each a name of its own, other than problems,"),
         ("rescue --variant=On:--lr=1 --variant=a:--lr=2", "variant is On, a: give each a name of its own"),
     ],
     "tools/plan.py": [

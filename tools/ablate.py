@@ -189,13 +189,14 @@ class Ablate:
 
 
 def names_of(options: str) -> set[str]:
-    """Name the options in a text, --no-X as X.
+    """Name the options in a text: --no-X as X, and what changes all stages as stages.
 
     >>> sorted(names_of("--lr 1e-4 --no-rescue --stages=5:1.0:64"))
     ['lr', 'rescue', 'stages']
     """
     words = (word for word in shlex.split(options) if word.startswith("--"))
-    return {word.removeprefix("--").removeprefix("no-").partition("=")[0].replace("_", "-") for word in words}
+    names = {word.removeprefix("--").removeprefix("no-").partition("=")[0].replace("_", "-") for word in words}
+    return {"stages" if name in ("steps", "temperature", "max-response-tokens") else name for name in names}
 
 
 @dataclass(frozen=True)
@@ -283,54 +284,80 @@ def run_side_by_side(jobs: Sequence[Job], count: int) -> None:
             process.wait()
 
 
-def run_regime(name: str, options: Ablate) -> dict[str, list[Path]]:
-    """Do the runs of a regime that are missing, and return the folders of all: variant -> one for each seed."""
-    regime, folder = REGIMES[name], options.out / name
-    start, variants = Start.of(regime.world, options.out), {**regime.variants, **options.own_variants}
+@dataclass(frozen=True)
+class Run:
+    """One run of train.py with its settings, and the options with which it begins."""
+
+    variant: str
+    seed: int
+    folder: Path
+    config: Config
+    words: Sequence[str]
+
+    def is_complete(self) -> bool:
+        last = self.config.total_steps
+        evaluated = any(line["step"] == last for line in read_lines(self.folder / "evaluations.jsonl"))
+        return evaluated and (self.folder / "checkpoints" / f"step_{last:06d}").is_dir()
+
+
+def plan_runs(name: str, start: Start, options: Ablate) -> list[Run]:
+    """Return all runs of a regime. Raises: UserError if their options would compare unequal runs."""
+    regime, variants = REGIMES[name], {**REGIMES[name].variants, **options.own_variants}
     folders = {variant: re.sub("[^a-z0-9.]+", "-", variant.lower()) for variant in variants}
-    if len(set(folders.values())) < len(regime.variants) + len(options.variant):
+    if len({"problems", *folders.values()}) < 1 + len(regime.variants) + len(options.variant):
         raise UserError(f"variant is {', '.join(options.own_variants)}: give each a name of its own, other than "
-                        f"{', '.join(regime.variants)}")
+                        f"problems, {', '.join(regime.variants)}")
     if clash := names_of(options.options) & set().union(*map(names_of, variants.values())):
         raise UserError(f"options has {', '.join(clash)}: a variant sets it too; leave it out, or give --variant")
-    seeds = range(options.seed, options.seed + options.seeds)
-    runs: dict[str, list[Path]] = {variant: [] for variant in variants}
-    jobs, configs = [], {}
-    for seed, (variant, own) in itertools.product(seeds, variants.items()):
-        run, problems = folder / f"{folders[variant]}-{seed}", folder / f"problems-{seed}"
+    runs = []
+    for seed, (variant, own) in itertools.product(range(options.seed, options.seed + options.seeds), variants.items()):
+        folder, problems = options.out / name / f"{folders[variant]}-{seed}", options.out / name / f"problems-{seed}"
         words = shlex.split(f"{PLAIN} {regime.options} --seed {seed}")
         words += ["--model", str(start.model), "--data", str(problems / "problems.jsonl"), "--eval-data",
                   str(start.held_out), *shlex.split(f"{options.options} {own}")]  # fmt: skip
         words = [word.replace("{filtered}", str(problems / "filtered.jsonl")) for word in words]
-        config, begun = read_config(words), (run / "config.json").exists()
+        config = read_config(words)
         if config.eval_every < 0:
             raise UserError(f"eval_every is {config.eval_every}: evaluations are compared; give 0 or more")
-        if begun and saved_config(run) != config:
-            raise UserError(f"out is {options.out}: {run} has other settings; give another --out, or delete that run")
-        if not is_complete(run, config):
-            words = ["--resume", str(run)] if begun else [*words, "--run-dir", str(run)]
-            jobs.append(Job(f"{name}, seed {seed}, {variant}", ["train.py", *words], run.with_suffix(".log")))
-        runs[variant].append(run)
-        configs[run] = config
-    start.prepare()
-    for seed in seeds:
-        choose_problems(start, regime.problems, seed, folder / f"problems-{seed}")
-    run_side_by_side(jobs, options.jobs)
-    if stopped := [run for run, config in configs.items() if not is_complete(run, config)]:
-        raise UserError(f"{stopped[0]} was stopped before its end: the same command goes on with it")
-    evaluations = [
-        Job(f"{run} at T = {t}", ["tools/evaluate.py", "eval", *SAMPLING, "--top-k", "0", "--rollouts", "8",
-            "--temperature", str(t), "--model", str(run / "checkpoints" / f"step_{configs[run].total_steps:06d}"),
-            "--data", str(start.held_out), "--out", str(run / f"eval-{t:g}")], run.with_suffix(".log"))
-        for run in configs for t in regime.temperatures if not (run / f"eval-{t:g}" / "results.json").exists()
-    ]  # fmt: skip
-    run_side_by_side(evaluations, options.jobs)
+        if (folder / "config.json").exists() and saved_config(folder) != config:
+            raise UserError(f"out is {options.out}: {folder} has other settings; give another --out, or delete it")
+        runs.append(Run(variant, seed, folder, config, words))
     return runs
 
 
-def is_complete(run: Path, config: Config) -> bool:
-    evaluated = any(line["step"] == config.total_steps for line in read_lines(run / "evaluations.jsonl"))
-    return evaluated and (run / "checkpoints" / f"step_{config.total_steps:06d}").is_dir()
+def run_regime(name: str, options: Ablate) -> dict[str, list[Path]]:
+    """Do the runs of a regime that are missing, and return the folders of all: variant -> one for each seed."""
+    regime, start = REGIMES[name], Start.of(REGIMES[name].world, options.out)
+    runs = plan_runs(name, start, options)
+    start.prepare()
+    for seed in {run.seed for run in runs}:
+        choose_problems(start, regime.problems, seed, options.out / name / f"problems-{seed}")
+    jobs = []
+    for run in runs:
+        begun = (run.folder / "config.json").exists()
+        words = ["--resume", str(run.folder)] if begun else [*run.words, "--run-dir", str(run.folder)]
+        if not run.is_complete():
+            jobs.append(Job(f"{name}, seed {run.seed}, {run.variant}", ["train.py", *words],
+                            run.folder.with_suffix(".log")))  # fmt: skip
+    run_side_by_side(jobs, options.jobs)
+    if stopped := [run.folder for run in runs if not run.is_complete()]:
+        raise UserError(f"{stopped[0]} was stopped before its end: the same command goes on with it")
+    evaluate_runs(runs, start, regime.temperatures, options.jobs)
+    folders: dict[str, list[Path]] = {}
+    for run in runs:
+        folders.setdefault(run.variant, []).append(run.folder)
+    return folders
+
+
+def evaluate_runs(runs: Sequence[Run], start: Start, temperatures: Sequence[float], jobs: int) -> None:
+    """Draw 8 responses to each held-out problem at each temperature, with the last policy of each run."""
+    evaluations = [
+        Job(f"{run.folder} at T = {t}", ["tools/evaluate.py", "eval", *SAMPLING, "--top-k", "0", "--rollouts", "8",
+            "--temperature", str(t), "--model", str(run.folder / "checkpoints" / f"step_{run.config.total_steps:06d}"),
+            "--data", str(start.held_out), "--out", str(run.folder / f"eval-{t:g}")], run.folder.with_suffix(".log"))
+        for run in runs for t in temperatures if not (run.folder / f"eval-{t:g}" / "results.json").exists()
+    ]  # fmt: skip
+    run_side_by_side(evaluations, jobs)
 
 
 # -------------------------------------------------------------------------- what is compared
