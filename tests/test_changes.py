@@ -36,7 +36,7 @@ def train_changed(folder: Path, options: list[str], errors: Path) -> None:
     train.main(options)
 
 
-@pytest.mark.parametrize(("change", "options"), CHANGES, ids=["reward", "core", "temperature", "advantage", "mismatch"])
+@pytest.mark.parametrize(("change", "options"), CHANGES, ids=["reward", "core", "temperature", "advantage", "mismatch", "8bit"])
 def test_change_applies_and_runs(change, options, environment, tmp_path):
     changed = [line for line in change.splitlines() if re.match(r"[+-](?![+-])", line)]
     assert 1 <= len(changed) < 15
@@ -74,6 +74,8 @@ def test_change_applies_and_runs(change, options, environment, tmp_path):
                 assert line["advantage"] == pytest.approx(line["reward"] - others)
                 compared += line["advantage"] != 0
         assert compared
+    if "float8" in change:
+        assert all(1e-5 < line["mismatch/kl"] < 1e-2 for line in lines(copy / "run" / "metrics.jsonl"))
     if "icepop" in options:
         specification = importlib.util.spec_from_file_location("changed", copy / "polaris_mini.py")
         module = sys.modules["changed"] = importlib.util.module_from_spec(specification)
@@ -83,8 +85,8 @@ def test_change_applies_and_runs(change, options, environment, tmp_path):
         torch.testing.assert_close(weights, torch.tensor([0.0, 0.6, 1.0, 1.9, 0.0]))
 
 
-def test_five_changes_are_shown():
-    assert len(CHANGES) == 5
+def test_six_changes_are_shown():
+    assert len(CHANGES) == 6
 
 
 def test_walkthrough_is_what_its_tool_writes(capsys):
