@@ -841,16 +841,16 @@ def main(arguments: Sequence[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (UserError, RewardError, OSError, ImportError, SafetensorError, torch.OutOfMemoryError) as error:
-        hint = "; python tools/plan.py with the same options says what fits" * isinstance(error, torch.OutOfMemoryError)
-        print(f"train.py: error: {error}{hint}", file=sys.stderr, flush=True)
-        if rank_count() > 1:
-            os._exit(2)  # at once: torchrun then ends the others, which wait for this rank
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception:  # of several ranks this one would wait for the others in vLLM's end, before the message came
-        if rank_count() == 1:
+    except Exception as error:
+        no_memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)  # vLLM has its own
+        hint = "; python tools/plan.py with the same options says what fits" * no_memory
+        if no_memory or isinstance(error, UserError | RewardError | OSError | ImportError | SafetensorError):
+            print(f"train.py: error: {error}{hint}", file=sys.stderr, flush=True)
+        elif rank_count() == 1:
             raise
-        sys.excepthook(*sys.exc_info())
-        os._exit(2)
+        else:
+            sys.excepthook(*sys.exc_info())
+        # of several ranks this one would wait for the others in vLLM's end; torchrun ends them
+        (os._exit if rank_count() > 1 else sys.exit)(2)

@@ -5,7 +5,9 @@ import ast
 import json
 import os
 import re
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import evaluate
 import report
+import rollout
 import toy
 import train
 from data import UserError
@@ -262,6 +265,25 @@ def test_checkpoints_that_will_not_fit_on_the_disk_are_an_error(sums, tmp_path, 
     need = float(re.search(r"take ([\d,.]+) GB", str(error.value))[1].replace(",", ""))
     assert need == pytest.approx((10**8 + 1) * weights * bytes_per_weight / 1e9, rel=1e-3)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("error", "line"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "2.00 GiB.; python tools/plan.py with"),
+    (RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:119"), "cpp:119; python tools/plan.py with"),  # vLLM
+    (RuntimeError("CUDA error: an illegal memory access"), None),
+])  # fmt: skip
+def test_memory_that_runs_out_is_one_line_that_names_the_plan(error, line, sums, monkeypatch, capsys, tmp_path):
+    def fails(*_: object) -> None:
+        raise error
+
+    options = [*SHORT, "--data", str(sums), "--eval-every", "-1", "--run-dir", str(tmp_path / "run")]
+    monkeypatch.setattr(rollout.HFEngine, "wake", fails)
+    monkeypatch.setattr(sys, "argv", ["train.py", *options])
+    with pytest.raises(SystemExit if line else RuntimeError) as ended:
+        runpy.run_path(train.__file__, run_name="__main__")
+    if line:
+        assert ended.value.code == 2
+        assert line in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_an_empty_folder_may_become_a_run(sums, monkeypatch, tmp_path):

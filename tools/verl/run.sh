@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # POLARIS on verl 0.9.1, one run per stage; made by `python tools/export_verl.py`. In an environment of its own:
-#   pip install "verl[vllm,flash-attn-cu130torch211]==0.9.1" "math-verify[antlr4_9_3]==0.9.0"
+#   pip install "verl[vllm,flash-attn-cu130torch211]==0.9.1" "math-verify[antlr4_9_3]==0.9.0" tyro==1.0.17
 #   ./run.sh [further overrides]
 # Started again, it goes on from verl's newest checkpoint. On several machines this folder is shared, Ray runs on all
 # (`ray start`), and run.sh starts on one. How rows fit into memory is left to verl's own options.
