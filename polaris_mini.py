@@ -123,8 +123,8 @@ class Common:
     seed: int = 0  # Seed of everything random; the same seed, machine and versions give the same run on a CPU.
     device: str = "auto"  # auto (the first GPU, else the CPU), cpu, cuda or cuda:1.
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Compute type. auto: bfloat16 on a GPU (trained weights stay float32), float32 on a CPU. With float16, sampler and
-    trainer agree better (arXiv 2510.26788)."""
+    """Compute type. auto: bfloat16 on a GPU (float16 before Ampere), float32 on a CPU; trained weights float32. With
+    float16, sampler and trainer agree better (arXiv 2510.26788)."""
     trust_remote_code: bool = False  # Run code that a model's repository brings along: only if you have read it.
     skip_bad_rows: bool = False  # Leave out rows that cannot be used (and count them) instead of ending with an error.
     prompt_suffix: str = "Let's think step by step and output the final answer within \\boxed{}."
@@ -163,7 +163,7 @@ ABOVE = {"reward_timeout": 0, "engine_timeout": 0, "lr": 0, "max_grad_norm": 0, 
 
 @dataclass(frozen=True)
 class Config(Common):
-    """Every setting of a run. The defaults are the released training values, in one stage; presets change them."""
+    """Every setting of a run. The defaults are the released training values, but for the stage; presets change them."""
 
     preset: str = "recipe"  # Where defaults come from: a key of PRESETS. toy: a tiny model learns sums on a CPU.
     data: str = ""  # Problems: a jsonl, json or parquet file, a folder, or a hub data set (owner/name, with :split).
@@ -176,7 +176,7 @@ class Config(Common):
     eval_rollouts: int = 8  # Rollouts per problem in the evaluation: k of avg@k and pass@k.
     eval_every: int = 0
     """Steps between evaluations; 0: before the first and after the last step only; -1: never (nothing is held out)."""
-    eval_temperature: float | None = None  # Sampling temperature of the evaluation. Default: the first stage's.
+    eval_temperature: float | None = None  # The evaluation's temperature. Default: the first stage's, or 1 for auto.
 
     # the stages
     stages: tuple[str, ...] = (str(Stage()),)
@@ -186,7 +186,7 @@ class Config(Common):
     max_response_tokens: int | None = None  # Replaces the response limit of every stage.
     probe_problems: int = 16  # Training problems on which auto chooses a temperature, with group_size rollouts each.
     probe_temperatures: str = "0.4:1.6:0.1"
-    """START:END:STEP of the temperatures that are tried for a first stage; later ones try higher ones than the last."""
+    """START:END:STEP of the temperatures that a first stage tries; later ones try the last and six above it."""
 
     # sampling
     prompts_per_step: int = 128
@@ -196,8 +196,8 @@ class Config(Common):
     # the mechanisms
     rescue: bool = True  # A group with no correct rollout borrows its problem's latest. Source: blog, Rollout Rescue.
     rescue_ratio: Literal["on_policy", "stored"] = "on_policy"
-    """on_policy: a rescued response counts as one of today's policy, as in the order of the release (its old log-probs
-    are taken after it came in). stored: it is weighted by min(pi / pi of the policy that wrote it, 2)."""
+    """on_policy: a rescued response counts as one of today's policy. That is ours: the release has no rescue, but would
+    take its old log-probs after it came in. stored: it is weighted by min(pi / pi of the policy that wrote it, 2)."""
     substitute: bool = True  # Groups that teach nothing give their place to groups that do. Source: blog and release.
     mastered_above: float = 0.9  # Problems with a higher pass rate leave as a stage ends; 1: none. Source: blog (0.9).
 
@@ -222,7 +222,7 @@ class Config(Common):
     beta1: float = 0.9  # AdamW's decay of the first moment; sgd ignores it. Source: release (0.9).
     beta2: float = 0.999  # AdamW's decay of the second moment. Source: release (0.999).
     max_grad_norm: float = 1.0  # The gradient is scaled down to this norm. Source: release (1.0).
-    lora_rank: int = 0  # Rank of LoRA adapters on all linear layers; 0 trains every weight.
+    lora_rank: int = 0  # Rank of LoRA adapters on all linear layers but the head; 0 trains every weight.
     lora_alpha: int = 32  # LoRA scale is lora_alpha / lora_rank.
     quantize_base: bool = False  # Keep weights under LoRA adapters in 4 bits (NF4 by bitsandbytes, arXiv 2305.14314).
 

@@ -200,7 +200,7 @@ def choose_temperature(run: Run, stage: Stage, stop: StopSignal) -> float:
     """Choose an `auto` temperature by a probe on a few training problems.
 
     The first stage takes the border of robust generation. A later stage restores the diversity that the policy had
-    before training, at the first stage's temperature. Source: blog (a grid of 0.05, or wider if diversity fell much).
+    before training, at the first stage's temperature. Source: blog (0.05 steps, wider if entropy fell; 0.9, 0.1: ours).
     """
     config, state = run.config, run.state
     rng = random.Random(f"{config.seed}:probe:{state.stage}")
@@ -749,7 +749,7 @@ def log_step(run: Run, groups: Sequence[Group], batch: Sequence[Group], measured
 
 
 def rollout_lines(run: Run, groups: Sequence[Group], batch: Sequence[Group]) -> list[dict[str, Any]]:
-    """Describe every rollout that was drawn or borrowed. weight: its group's places. pieces: its tokens as text."""
+    """Describe every rollout that was drawn or borrowed. weight: its group's places. pieces: tokens, log-probs."""
     trained, lines = {group.problem.id: group for group in batch}, []
     for group in groups:
         in_batch = trained.get(group.problem.id, replace(group, places=0))
@@ -832,7 +832,7 @@ def main(arguments: Sequence[str]) -> None:
         for name, e in zip(("before", "after"), (*evaluations[:1], *evaluations[-1:]), strict=False):
             run.note(f"{name:8} {e['step']:6}  {e['avg_at_k']:6.1%} ± {e['interval']:5.1%}  {e['pass_at_k'][-1]:6.1%}"
                      f"  {e['tokens_mean']:6.0f}  {e['truncated']:9.1%}")
-        run.note(f"\ncheckpoint {run.folder}/checkpoints/step_{run.state.step:06d}, a Hugging Face model; next:\n"
+        run.note(f"\ncheckpoint {run.folder}/checkpoints/step_{run.state.step:06d}, a model or LoRA adapter; next:\n"
                  f"  python tools/report.py {run.folder}    # a page of curves and rollouts\n"
                  f"  python train.py --resume {run.folder} --steps {2 * config.total_steps}    # train longer")
         run.engine.close()
@@ -844,13 +844,13 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        no_memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)  # vLLM has its own
-        hint = "; python tools/plan.py with the same options says what fits" * no_memory
-        if no_memory or isinstance(error, UserError | RewardError | OSError | ImportError | SafetensorError):
+        hint = "; python tools/plan.py with the same options says what fits" * ("out of memory" in str(error))
+        if hint or isinstance(error, UserError | RewardError | OSError | ImportError | SafetensorError):
             print(f"train.py: error: {error}{hint}", file=sys.stderr, flush=True)
         elif rank_count() == 1:
             raise
         else:
             sys.excepthook(*sys.exc_info())
-        # of several ranks this one would wait for the others in vLLM's end; torchrun ends them
-        (os._exit if rank_count() > 1 else sys.exit)(2)
+        if rank_count() > 1:
+            os._exit(2)  # at once: it would wait for the others in vLLM's end; torchrun ends them
+        sys.exit(2)

@@ -36,7 +36,8 @@ def train_changed(folder: Path, options: list[str], errors: Path) -> None:
     train.main(options)
 
 
-@pytest.mark.parametrize(("change", "options"), CHANGES, ids=["reward", "core", "temperature", "advantage", "mismatch", "8bit"])
+@pytest.mark.parametrize(("change", "options"), CHANGES,
+                         ids=["reward", "core", "temperature", "advantage", "mismatch", "8bit"])
 def test_change_applies_and_runs(change, options, environment, tmp_path):
     changed = [line for line in change.splitlines() if re.match(r"[+-](?![+-])", line)]
     assert 1 <= len(changed) < 15

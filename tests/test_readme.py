@@ -28,7 +28,7 @@ HERE = {
     "train.py --steps 3": "tests/test_changes.py",
     "train.py --temperature auto": "tests/test_changes.py",
     "train.py --advantage rloo": "tests/test_changes.py",
-    "train.py --mismatch icepop": "tests/test_changes.py",
+    "train.py --mismatch": "tests/test_changes.py",
     "train.py --resume": "--steps 3",
     "train.py --preset": f"{SHORT} --model {MODEL}",
     "train.py --model": SHORT,

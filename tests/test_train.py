@@ -269,7 +269,7 @@ def test_checkpoints_that_will_not_fit_on_the_disk_are_an_error(sums, tmp_path, 
 
 @pytest.mark.parametrize(("error", "line"), [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "2.00 GiB.; python tools/plan.py with"),
-    (RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:119"), "cpp:119; python tools/plan.py with"),  # vLLM
+    (RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:119"), "cpp:119; python tools/plan.py with"),
     (RuntimeError("CUDA error: an illegal memory access"), None),
 ])  # fmt: skip
 def test_memory_that_runs_out_is_one_line_that_names_the_plan(error, line, sums, monkeypatch, capsys, tmp_path):

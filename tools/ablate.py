@@ -1,7 +1,7 @@
 """Measure what a mechanism is worth: a regime in which the reason for it holds, runs with it and without it.
 
     python tools/ablate.py               # list the regimes
-    python tools/ablate.py rescue        # run one: both variants with six seeds, two runs side by side
+    python tools/ablate.py rescue        # run one: each variant with six seeds, two runs side by side
     python tools/ablate.py all           # run every one
     python tools/ablate.py rescue --variant 'stored: --rescue --rescue-ratio stored'    # and a variant of yours
 

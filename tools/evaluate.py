@@ -6,7 +6,7 @@
     python tools/evaluate.py measure --prompt-suffix "" --model tools/toy_world/model \\
         --data tools/toy_world/held_out.jsonl --max-response-tokens 128     # the toy world, on any machine
 
-Every command keeps its responses in a file as they come, and goes on with it when it is called again.
+Every command keeps its responses (measure: their rewards) in a file as they come. Called again, it goes on there.
 """
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class Eval(Command):
     original_max_positions: int | None = None
     """Positions that YaRN stretches. Default: max_position_embeddings of the model; not published."""
     yarn_attention_scale: float = 1.0
-    """YaRN's attention scale: 1 leaves attention as it is; the release in effect had 1.0405."""
+    """YaRN's attention scale: 1 leaves attention as it is; the blog's setting gave 1.0405."""
     length_bounds: tuple[int, ...] = (16384, 32768)
     """Borders of the buckets of response length, in tokens. Source: blog."""
     limits: tuple[int, ...] = (32768, 49152, 65536, 81920)
@@ -160,7 +160,7 @@ def yarn_config(factor: float, original_max_positions: int, *, attention_scale: 
     1.0
 
     Source: YaRN (arXiv 2309.00071); blog (factor 1.5, at inference only, without attention scaling).
-    Differs from the release: its attn_factor of 1.0 was multiplied by 0.1 ln(1.5) + 1 = 1.0405 in the vLLM of its time
+    Differs from the blog: its attn_factor of 1.0 was multiplied by 0.1 ln(1.5) + 1 = 1.0405 in the vLLM of its time
     and is ignored by today's and by transformers, so YaRN's scaling of attention stayed on.
     """
     return {

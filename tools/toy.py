@@ -71,11 +71,11 @@ class World:
     terms: tuple[int, int] = (2, LARGEST)
     """Fewest and most terms of a sum. More terms are harder."""
     hard: float = 0.3
-    """Share of the sums of a last digit and a term that the warm start teaches wrong now and then."""
+    """Share of the sums of a last digit and a term that the warm start mostly teaches wrong."""
     wrong: float = 0.6
     """How often it teaches those wrong."""
     haste: float = 0.5
-    """How often a line of working adds one term more than it must."""
+    """How often a line of working adds one more term, and how often after that yet one more."""
     ramble: float = 0.0
     """How often a line of working comes once more."""
     warmup_steps: int = 2000

@@ -64,7 +64,7 @@ class Options:
     device: str = "auto"
     """auto (the first GPU, else the CPU), cpu, cuda or cuda:1."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Compute type. auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Compute type. auto: bfloat16 on a GPU (float16 before Ampere), float32 on a CPU."""
     tokens_per_micro_batch: int | Literal["auto"] = "auto"
     """Prompt and response tokens that are forwarded together: memory and speed. auto: 1024 on a CPU, else 16384."""
     gradient_checkpointing: bool = False
