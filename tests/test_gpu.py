@@ -117,6 +117,17 @@ def test_sleep_frees_weights_and_cache_and_wake_brings_them_back(tmp_path):
             assert taken_gib() < asleep + 0.3
 
 
+def test_a_second_engine_starts_after_a_sleeping_one_was_closed(tmp_path):
+    """vLLM's allocator fails to free what sleep has unmapped, and then gives no memory to the next engine."""
+    pytest.importorskip("vllm")
+    folder = saved_model(tmp_path, SMALL)
+    for _ in range(2):
+        with policy_and_engine(folder, Config(rollouts_per_batch=64), 512) as (policy, engine):
+            engine.wake(policy)
+            assert len(groups_of(engine, prompts(2), 1, Sampling(1.0, 16, seed=0))) == 2
+            engine.sleep()
+
+
 def test_offloaded_policy_leaves_the_gpu_while_the_engine_is_awake_and_comes_back(tmp_path):
     pytest.importorskip("vllm")
     config = Config(rollouts_per_batch=64, offload_policy=True)
