@@ -90,6 +90,16 @@ def test_every_override_is_a_setting_of_verl(exported, verl_settings, tmp_path):
                 assert isinstance(float(value), float), override
 
 
+def test_the_environment_has_what_the_copies_import(exported):
+    text = (exported / "run.sh").read_text()
+    copies = [*exported.glob("*.py")]
+    found = {name for path in copies for name in re.findall(r"^ *(?:import|from) (\w+)", path.read_text(), re.MULTILINE)}
+    others = found - sys.stdlib_module_names - {path.stem for path in copies} - {"numpy", "sympy", "torch", "verl"}
+    assert others == {"math_verify", "tyro"}  # verl brings the four
+    for name in others:
+        assert re.search(rf'pip install .*{name.replace("_", "-")}[\[=]', text)
+
+
 def test_stages_are_runs_one_after_the_other(exported, tmp_path):
     first, second = (dict(override.split("=", 1) for override in command) for command in
                      verl_commands(exported, tmp_path, "trainer.nnodes=2"))
