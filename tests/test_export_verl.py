@@ -93,7 +93,8 @@ def test_every_override_is_a_setting_of_verl(exported, verl_settings, tmp_path):
 def test_the_environment_has_what_the_copies_import(exported):
     text = (exported / "run.sh").read_text()
     copies = [*exported.glob("*.py")]
-    found = {name for path in copies for name in re.findall(r"^ *(?:import|from) (\w+)", path.read_text(), re.MULTILINE)}
+    texts = [path.read_text() for path in copies]
+    found = {name for copy in texts for name in re.findall(r"^ *(?:import|from) (\w+)", copy, re.MULTILINE)}
     others = found - sys.stdlib_module_names - {path.stem for path in copies} - {"numpy", "sympy", "torch", "verl"}
     assert others == {"math_verify", "tyro"}  # verl brings the four
     for name in others:
