@@ -185,9 +185,7 @@ def resolve_dtype(settings: Common, device: torch.device) -> torch.dtype:
     """Return the type in which the model computes."""
     if settings.dtype == "auto" and device.type == "cuda":  # vLLM takes bfloat16 only where the GPU computes in it
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if settings.dtype == "auto":
-        return torch.float32
-    return getattr(torch, settings.dtype)
+    return torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
 
 
 def autocast(device: torch.device, dtype: torch.dtype, cache: bool = True) -> contextlib.AbstractContextManager:
@@ -533,7 +531,9 @@ class VLLMEngine:
         if self.offloaded is not None:
             for parameter in self.offloaded.parameters():
                 parameter.data = parameter.data.to(device)
-            torch.cuda.empty_cache()
+                if (scales := getattr(parameter, "quant_state", None)) is not None:  # of 4-bit weights
+                    scales.to(device)  # where they stayed, they would keep the memory around them
+        torch.cuda.empty_cache()
 
     def close(self) -> None:
         """End vLLM, so that another engine can start in this process."""

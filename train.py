@@ -646,11 +646,11 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
         now = run.config.schedule[state.stage - 1].temperature
         state.temperatures[-1] = state.temperature if now == "auto" else now
     optimizer: Any = run.optimizer
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["optimizer"]})
-    if run.config.optimizer.startswith("paged"):  # load_state_dict has moved the state to the GPU for good
-        for parameter, values in optimizer.state.items():
-            for name in ("state1", "state2"):
-                values[name] = optimizer.get_state_buffer(parameter, dtype=values[name].dtype).copy_(values[name])
+    paged = {"move_to_device": False} if run.config.optimizer.startswith("paged") else {}  # the GPU may lack the room
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["optimizer"]}, **paged)
+    for parameter, values in optimizer.state.items() if paged else ():
+        for name in ("state1", "state2"):
+            values[name] = optimizer.get_state_buffer(parameter, dtype=values[name].dtype).copy_(values[name])
     if run.scaler.is_enabled() and saved["scaler"]:
         run.scaler.load_state_dict(saved["scaler"])
     run.sink.changes = {rollout.problem_id: rollout for rollout in saved["sink"]}

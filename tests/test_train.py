@@ -410,7 +410,7 @@ def test_base_model_with_lora_and_8_bit_adam(base_model, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("options", [
-    ["--optimizer", "adamw8bit", "--offload-policy", "--gradient-checkpointing", "--offload-activations",
+    ["--optimizer", "paged_adamw8bit", "--offload-policy", "--gradient-checkpointing", "--offload-activations",
      "--logprob-chunk-tokens", "16"],
     ["--dtype", "float16"],
 ], ids=["memory", "float16"])

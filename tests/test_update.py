@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 import toy
 import train
 from polaris_mini import Config, Group, Problem, Rollout, UserError, policy_loss
-from rollout import causal_lm, load_policy, policy_weights, prepare_policy
+from rollout import VLLMEngine, causal_lm, load_policy, policy_weights, prepare_policy
 from train import Row, check_packing, forward_row, make_optimizer, pack, update_policy
 
 T = 1.4
@@ -573,6 +573,19 @@ def test_quantized_base_trains_adapters_and_hands_over_what_it_computes_with(tmp
     torch.testing.assert_close(of_policy, of_other, rtol=1e-3, atol=1e-3)
     assert relative(handed_over["model.layers.0.mlp.up_proj.weight"],
                     full_precision["model.layers.0.mlp.up_proj.weight"]) > 0.02  # it was rounded to 4 bits
+
+
+def test_an_offloaded_policy_takes_the_scales_of_its_4_bit_weights_along(monkeypatch, tmp_path):
+    tiny_model("qwen3", tied=True, head_dim=32).save_pretrained(tmp_path)
+    policy = load_policy(Config(model=str(tmp_path), device="cpu", lora_rank=4, quantize_base=True))
+    moved = []
+    monkeypatch.setattr(bitsandbytes.functional.QuantState, "to", lambda *given: moved.append(given))
+    engine = VLLMEngine.__new__(VLLMEngine)  # without a vLLM: only what moves the policy
+    engine.offloaded = policy
+    engine._move_policy(torch.device("cpu"))
+    scales = [p.quant_state for p in policy.parameters() if isinstance(p, bitsandbytes.nn.Params4bit)]
+    assert len(scales) == 2 * 7
+    assert moved == [(state, torch.device("cpu")) for state in scales]
 
 
 def test_a_lora_adapter_gets_no_second_one_on_top(tmp_path):

@@ -84,6 +84,7 @@ def plan_memory(config: Config, card: float) -> MemoryPlan:
     if config.dtype == "auto":
         config = replace(config, dtype="bfloat16")
     policy, tokens = unloaded_policy(config, model_shape(config)), config.max_prompt_tokens + config.longest_response
+    compute = getattr(torch, config.dtype)
     weights, state = weight_bytes(policy, config), optimizer_bytes(policy, config)
     unpaged: Any = config.optimizer.removeprefix("paged_")
     paged = optimizer_bytes(policy, replace(config, optimizer=unpaged)) - state
@@ -101,10 +102,17 @@ def plan_memory(config: Config, card: float) -> MemoryPlan:
         "backward": {**always, recomputed: backward - kept},
         "optimizer step": {**always, "activations kept": 0.0},
     }
-    asleep = rollout["engine weights"] * (config.lora_rank > 0 and config.engine != "hf")
+    asleep = 0
+    if config.lora_rank > 0 and config.engine != "hf":  # vLLM keeps the base in pinned memory
+        asleep = sum(pinned_bytes(p.numel() * compute.itemsize) for p in policy.parameters() if not p.requires_grad)
     cpu = {"policy": weights * config.offload_policy, "activations": block_inputs * config.offload_activations,
-           "optimizer": float(paged), "engine weights": asleep}  # fmt: skip
+           "optimizer": float(paged), "engine weights": float(asleep)}  # fmt: skip
     return MemoryPlan({phase: without_zeros(parts) for phase, parts in phases.items()}, responses, without_zeros(cpu))
+
+
+def pinned_bytes(size: float) -> int:
+    """Return what a tensor of this size takes of pinned CPU memory: PyTorch rounds up to a power of two."""
+    return 2 ** math.ceil(math.log2(size))
 
 
 def without_zeros(parts: Mapping[str, float]) -> dict[str, float]:
@@ -141,8 +149,7 @@ def update_bytes(policy: torch.nn.Module, config: Config, longest: int) -> tuple
     kept, logprobs, backward = (a + more * (b - a) for a, b in zip(one, two, strict=True))
     if config.quantize_base:  # one matrix at a time is made 16-bit again
         backward += max(w.numel() * w.element_size() for w in frozen_linear(policy))
-    pinned = 2 ** math.ceil(math.log2(two[0] - one[0]))  # PyTorch rounds pinned memory up to a power of two
-    return kept, logprobs, backward, layers * pinned
+    return kept, logprobs, backward, layers * pinned_bytes(two[0] - one[0])
 
 
 def engine_bytes(
