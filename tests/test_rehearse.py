@@ -10,7 +10,7 @@ import torch
 import rehearse
 import train
 from plan import GIB
-from polaris_mini import PRESETS, read_config
+from polaris_mini import PRESETS, UserError, read_config
 
 SMALL = ["--model", PRESETS["toy"].model, "--device", "cpu", "--engine", "hf", "--max-prompt-tokens", "8",
          "--max-response-tokens", "24", "--tokens-per-micro-batch", "100", "--prompts-per-step", "4",
@@ -64,7 +64,7 @@ def test_the_row_is_the_longest_that_these_options_allow(options, lengths):
 
 @pytest.mark.parametrize(("place", "phase", "name"), [
     (train, "forward", "forward_row"), (rehearse.HFEngine, "rollout", "generate"),
-    (train, "optimizer step", "apply_gradient"),
+    (train, "optimizer step", "apply_gradient"), (rehearse, "engine starts", "HFEngine"),
 ])  # fmt: skip
 def test_memory_that_runs_out_is_one_line_that_says_where_and_what_helps(place, phase, name, monkeypatch, capsys):
     right = getattr(place, name)
@@ -72,6 +72,8 @@ def test_memory_that_runs_out_is_one_line_that_says_where_and_what_helps(place, 
     def fails(*arguments: object) -> object:
         if not torch.is_grad_enabled():  # the check at the start, of a few tokens
             return right(*arguments)
+        if phase == "engine starts":
+            raise UserError("engine is vllm: it does not start with M (CUDA out of memory.): give --engine hf")
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(place, name, fails)

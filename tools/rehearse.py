@@ -203,8 +203,8 @@ def main(arguments: Sequence[str]) -> int:
     meter = Meter(device, {phase: plan.peak(phase) for phase in plan.phases})
     try:
         same = rehearse(config, meter, responses)
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):  # vLLM has its own
+    except (RuntimeError, UserError) as error:  # a UserError if vLLM does not start
+        if "out of memory" not in str(error):
             raise
         print(f"does not fit: memory ran out in {meter.phase}; give {advice(config, meter.phase, card)}")
         return 1
