@@ -18,7 +18,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -442,13 +442,13 @@ def temperature_zones(accuracy: Mapping[float, float], noise: Mapping[float, flo
     noise: temperature -> standard error of the difference to the best accuracy, where it is known.
     Raises: UserError if nothing was correct at any temperature.
 
-    Source: blog, the zones of its section on temperature. That 1 % and 80 % give its borders is our reading.
+    Source: blog, its zones; ours: borders at 1 % and 80 %, and exploration ends where the curve first falls below.
     """
-    best = max(accuracy.values())
+    best_at, best = max(accuracy.items(), key=lambda point: point[1])
     if best <= 0:
         raise UserError("accuracy is 0 at every temperature: probe easier problems or more of them, give a number, or "
                         "--no-require-think if the model does not think")
-    exploration = max(t for t, value in accuracy.items() if value >= 0.8 * best)
+    exploration = max(takewhile(lambda t: accuracy[t] >= 0.8 * best, sorted(t for t in accuracy if t >= best_at)))
     tolerance = {t: max(0.01 * best, (noise or {}).get(t, 0.0)) for t in accuracy}
     robust = max(t for t, value in accuracy.items() if value >= best - tolerance[t] and t <= exploration)
     return Zones(robust, exploration)

@@ -227,6 +227,13 @@ def test_noise_widens_only_the_robust_zone():
     assert pick_temperature(R1_7B, R1_7B_DIVERSITY, noise=dict.fromkeys(R1_7B, 3.0)) == 0.8
 
 
+def test_a_lucky_point_beyond_the_fall_is_in_no_zone():
+    """A probe of few problems, where 12 % and 8 % hardly differ: its own noise makes every temperature as good."""
+    accuracy = {0.9: 0.13, 1.0: 0.12, 1.1: 0.15, 1.2: 0.13, 1.3: 0.08, 1.4: 0.13, 1.5: 0.06}
+    assert temperature_zones(accuracy, dict.fromkeys(accuracy, 0.04)) == Zones(1.2, 1.2)
+    assert temperature_zones({t: 0.15 if t == 1.4 else value for t, value in accuracy.items()}) == Zones(1.1, 1.2)
+
+
 def test_first_stage_has_the_published_temperature():
     """Source: blog and release, 1.4 for Qwen3-4B and 0.7 for R1-Distill-Qwen-7B."""
     assert pick_temperature(QWEN3_4B, QWEN3_4B_DIVERSITY) == PRESETS["polaris-4b"].schedule[0].temperature == 1.4
