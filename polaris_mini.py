@@ -196,8 +196,8 @@ class Config(Common):
     # the mechanisms
     rescue: bool = True  # A group with no correct rollout borrows its problem's latest. Source: blog, Rollout Rescue.
     rescue_ratio: Literal["on_policy", "stored"] = "on_policy"
-    """on_policy: a rescued response counts as one of today's policy. That is ours: the release has no rescue, but would
-    take its old log-probs after it came in. stored: it is weighted by min(pi / pi of the policy that wrote it, 2)."""
+    """on_policy: a rescued response counts as one of today's policy. This choice is ours: the release has no
+    rescue. stored: the response is weighted by min(pi / pi of the policy that wrote the response, 2)."""
     substitute: bool = True  # Groups that teach nothing give their place to groups that do. Source: blog and release.
     mastered_above: float = 0.9  # Problems with a higher pass rate leave as a stage ends; 1: none. Source: blog (0.9).
 
@@ -442,7 +442,7 @@ def temperature_zones(accuracy: Mapping[float, float], noise: Mapping[float, flo
     noise: temperature -> standard error of the difference to the best accuracy, where it is known.
     Raises: UserError if nothing was correct at any temperature.
 
-    Source: blog, its zones; ours: borders at 1 % and 80 %, and exploration ends where the curve first falls below.
+    Source: blog, the zones. Ours: borders at 1 % and 80 %; exploration ends where the curve first falls below 80 %.
     """
     best_at, best = max(accuracy.items(), key=lambda point: point[1])
     if best <= 0:

@@ -172,7 +172,7 @@ def plain_number(text: str) -> Decimal | None:
 def rounds_to(value: Decimal, gold: str) -> bool:
     """Tell whether a number is the ground truth once it is rounded to the ground truth's digits.
 
-    A rounded one has three digits or more, and a power of ten or two decimals that make no multiple of 1/8.
+    A rounded ground truth has three digits or more. It has a power of ten, or two decimals and no multiple of 1/8.
 
     >>> rounds_to(Decimal(20) / 3, "6.67"), rounds_to(Decimal("0.374"), "0.375"), rounds_to(Decimal("12.46"), "12.5")
     (True, False, False)

@@ -199,8 +199,8 @@ def is_over(config: Config, state: State) -> bool:
 def choose_temperature(run: Run, stage: Stage, stop: StopSignal) -> float:
     """Choose an `auto` temperature by a probe on a few training problems.
 
-    The first stage takes the border of robust generation. A later stage restores the diversity that the policy had
-    before training, at the first stage's temperature. Source: blog (0.05 steps, wider if entropy fell; 0.9, 0.1: ours).
+    The first stage takes the border of robust generation. A later stage restores the diversity before training at
+    the first stage's temperature. Source: blog (steps of 0.05, wider if entropy fell). Ours: distinct-4 for entropy.
     """
     config, state = run.config, run.state
     rng = random.Random(f"{config.seed}:probe:{state.stage}")
@@ -852,5 +852,5 @@ if __name__ == "__main__":
         else:
             sys.excepthook(*sys.exc_info())
         if rank_count() > 1:
-            os._exit(2)  # at once: it would wait for the others in vLLM's end; torchrun ends them
+            os._exit(2)  # at once: this rank would wait for the others in vLLM's end; torchrun ends them
         sys.exit(2)

@@ -294,10 +294,23 @@ class Run:
     config: Config
     words: Sequence[str]
 
-    def is_complete(self) -> bool:
-        last = self.config.total_steps
-        evaluated = any(line["step"] == last for line in read_lines(self.folder / "evaluations.jsonl"))
-        return evaluated and (self.folder / "checkpoints" / f"step_{last:06d}").is_dir()
+    @property
+    def begun(self) -> bool:
+        return (self.folder / "config.json").exists()
+
+    @property
+    def last_checkpoint(self) -> Path:
+        return self.folder / "checkpoints" / f"step_{self.config.total_steps:06d}"
+
+    @property
+    def complete(self) -> bool:
+        steps = [line["step"] for line in read_lines(self.folder / "evaluations.jsonl")]
+        return self.config.total_steps in steps and self.last_checkpoint.is_dir()
+
+    def job(self, regime: str) -> Job:
+        words = ["--resume", str(self.folder)] if self.begun else [*self.words, "--run-dir", str(self.folder)]
+        name = f"{regime}, seed {self.seed}, {self.variant}"
+        return Job(name, ["train.py", *words], self.folder.with_suffix(".log"))
 
 
 def plan_runs(name: str, start: Start, options: Ablate) -> list[Run]:
@@ -316,12 +329,12 @@ def plan_runs(name: str, start: Start, options: Ablate) -> list[Run]:
         words += ["--model", str(start.model), "--data", str(problems / "problems.jsonl"), "--eval-data",
                   str(start.held_out), *shlex.split(f"{options.options} {own}")]  # fmt: skip
         words = [word.replace("{filtered}", str(problems / "filtered.jsonl")) for word in words]
-        config = read_config(words)
-        if config.eval_every < 0:
-            raise UserError(f"eval_every is {config.eval_every}: evaluations are compared; give 0 or more")
-        if (folder / "config.json").exists() and saved_config(folder) != config:
+        run = Run(variant, seed, folder, read_config(words), words)
+        if run.config.eval_every < 0:
+            raise UserError(f"eval_every is {run.config.eval_every}: evaluations are compared; give 0 or more")
+        if run.begun and saved_config(folder) != run.config:
             raise UserError(f"out is {options.out}: {folder} has other settings; give another --out, or delete it")
-        runs.append(Run(variant, seed, folder, config, words))
+        runs.append(run)
     return runs
 
 
@@ -332,15 +345,8 @@ def run_regime(name: str, options: Ablate) -> dict[str, list[Path]]:
     start.prepare()
     for seed in {run.seed for run in runs}:
         choose_problems(start, regime.problems, seed, options.out / name / f"problems-{seed}")
-    jobs = []
-    for run in runs:
-        begun = (run.folder / "config.json").exists()
-        words = ["--resume", str(run.folder)] if begun else [*run.words, "--run-dir", str(run.folder)]
-        if not run.is_complete():
-            jobs.append(Job(f"{name}, seed {run.seed}, {run.variant}", ["train.py", *words],
-                            run.folder.with_suffix(".log")))  # fmt: skip
-    run_side_by_side(jobs, options.jobs)
-    if stopped := [run.folder for run in runs if not run.is_complete()]:
+    run_side_by_side([run.job(name) for run in runs if not run.complete], options.jobs)
+    if stopped := [run.folder for run in runs if not run.complete]:
         raise UserError(f"{stopped[0]} was stopped before its end: the same command goes on with it")
     evaluate_runs(runs, start, regime.temperatures, options.jobs)
     folders: dict[str, list[Path]] = {}
@@ -353,8 +359,8 @@ def evaluate_runs(runs: Sequence[Run], start: Start, temperatures: Sequence[floa
     """Draw 8 responses to each held-out problem at each temperature, with the last policy of each run."""
     evaluations = [
         Job(f"{run.folder} at T = {t}", ["tools/evaluate.py", "eval", *SAMPLING, "--top-k", "0", "--rollouts", "8",
-            "--temperature", str(t), "--model", str(run.folder / "checkpoints" / f"step_{run.config.total_steps:06d}"),
-            "--data", str(start.held_out), "--out", str(run.folder / f"eval-{t:g}")], run.folder.with_suffix(".log"))
+            "--temperature", str(t), "--model", str(run.last_checkpoint), "--data", str(start.held_out),
+            "--out", str(run.folder / f"eval-{t:g}")], run.folder.with_suffix(".log"))
         for run in runs for t in temperatures if not (run.folder / f"eval-{t:g}" / "results.json").exists()
     ]  # fmt: skip
     run_side_by_side(evaluations, jobs)

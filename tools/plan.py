@@ -84,7 +84,6 @@ def plan_memory(config: Config, card: float) -> MemoryPlan:
     if config.dtype == "auto":
         config = replace(config, dtype="bfloat16")
     policy, tokens = unloaded_policy(config, model_shape(config)), config.max_prompt_tokens + config.longest_response
-    compute = getattr(torch, config.dtype)
     weights, state = weight_bytes(policy, config), optimizer_bytes(policy, config)
     unpaged: Any = config.optimizer.removeprefix("paged_")
     paged = optimizer_bytes(policy, replace(config, optimizer=unpaged)) - state
@@ -92,7 +91,7 @@ def plan_memory(config: Config, card: float) -> MemoryPlan:
     held = {"policy": weights, "optimizer": float(state), "CUDA": CUDA_CONTEXT}
 
     kept, logprobs, backward, block_inputs = update_bytes(policy, config, tokens)
-    weight_sync, rollout, responses = engine_bytes(policy, config, held, card)
+    weight_sync, rollout, responses, asleep = engine_bytes(policy, config, held, card)
     always = {**held, "gradients": float(gradients), "activations kept": kept}
     recomputed = "block recomputed" if config.gradient_checkpointing else "backward"
     phases = {
@@ -102,11 +101,8 @@ def plan_memory(config: Config, card: float) -> MemoryPlan:
         "backward": {**always, recomputed: backward - kept},
         "optimizer step": {**always, "activations kept": 0.0},
     }
-    asleep = 0
-    if config.lora_rank > 0 and config.engine != "hf":  # vLLM keeps the base in pinned memory
-        asleep = sum(pinned_bytes(p.numel() * compute.itemsize) for p in policy.parameters() if not p.requires_grad)
     cpu = {"policy": weights * config.offload_policy, "activations": block_inputs * config.offload_activations,
-           "optimizer": float(paged), "engine weights": float(asleep)}  # fmt: skip
+           "optimizer": float(paged), "engine weights": asleep}  # fmt: skip
     return MemoryPlan({phase: without_zeros(parts) for phase, parts in phases.items()}, responses, without_zeros(cpu))
 
 
@@ -154,8 +150,8 @@ def update_bytes(policy: torch.nn.Module, config: Config, longest: int) -> tuple
 
 def engine_bytes(
     policy: torch.nn.Module, config: Config, held: dict[str, float], card: float
-) -> tuple[dict[str, float], dict[str, float], float]:
-    """Return what weight sync and rollout take, and how many responses of full length the cache holds."""
+) -> tuple[dict[str, float], dict[str, float], float, float]:
+    """Return what weight sync and rollout take, how many full responses the cache holds, and what sleeps on the CPU."""
     compute = getattr(torch, config.dtype)
     whole_model = [p for p in policy.parameters() if config.lora_rank == 0 or not p.requires_grad]
     weights = float(sum(p.numel() for p in whole_model) * compute.itemsize)
@@ -164,14 +160,16 @@ def engine_bytes(
     cache = float(response * config.rollouts_per_batch)
     if config.engine == "hf":  # the policy itself; while it decodes, autocast keeps 16-bit copies of float32 weights
         copies = weights if whole_model[0].dtype != compute else 0.0
-        return held, {**held, "engine weights": copies, "key-value cache": cache}, cache / response
+        return held, {**held, "engine weights": copies, "key-value cache": cache}, cache / response, 0.0
     engine = {**held, "engine weights": weights}
     rollout = {**engine, "CUDA": CUDA_CONTEXT + max(ENGINE_SHARE * card, ENGINE_LEAST)}
     rollout["policy"] *= not config.offload_policy
     cache = max(response, min(card - sum(rollout.values()), cache))
     if config.lora_rank == 0 or config.quantize_base:  # vLLM makes a layer anew before it takes the weights
         engine["layer twice"] = float(max(p.numel() for p in whole_model) * compute.itemsize)
-    return engine, {**rollout, "key-value cache": cache}, cache / response
+    # under adapters vLLM keeps the base, in pinned memory; without them the weights come anew at each step
+    asleep = float(sum(pinned_bytes(p.numel() * compute.itemsize) for p in whole_model)) * (config.lora_rank > 0)
+    return engine, {**rollout, "key-value cache": cache}, cache / response, asleep
 
 
 def unloaded_policy(config: Config, shape: PretrainedConfig) -> torch.nn.Module:
